@@ -1,0 +1,35 @@
+# `make ppo` trains PPO on a bare machine with Python 3.11, `make test` tests the lab. Each sets up .venv first, once.
+PYTHON ?= $(or $(shell command -v python3.11),python3)
+PIP := .venv/bin/python -m pip
+RUN := .venv/bin/python -m
+
+.PHONY: ppo test quick lint types clean
+
+ppo: .venv/base  ## extra flags by ARGS, as in: make ppo ARGS="--num-seeds 10"
+	$(RUN) rl_lab.ppo --env HalfCheetah-v4 $(ARGS)
+
+test: .venv/dev  ## everything, slow tests included; ARGS go to pytest
+	OMP_NUM_THREADS=1 $(RUN) pytest $(ARGS)
+
+quick: .venv/dev  ## the tests that take seconds
+	OMP_NUM_THREADS=1 $(RUN) pytest -m "not slow" $(ARGS)
+
+lint: .venv/dev
+	$(RUN) ruff check .
+
+types: .venv/dev
+	$(RUN) mypy
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/base: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP) install -c constraints.txt -e .
+	touch $@
+
+.venv/dev: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP) install -c constraints.txt -e ".[dev]"
+	touch $@ .venv/base

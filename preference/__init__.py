@@ -1,0 +1,1 @@
+"""One file, one method of preference optimization; it imports the core only."""

@@ -124,9 +124,8 @@ class TensorEnv(VectorEnv):
         done = terminated | truncated
         next_obs = self.observe(physics)
         physics = torch.where(done.unsqueeze(-1), self.initial(draws), physics)
-        obs = torch.where(done.reshape(-1, *[1] * (next_obs.ndim - 1)), self.observe(physics), next_obs)
         state = {"physics": physics, "done": done, "episode_returns": returns, "episode_lengths": lengths}
-        return state, Step(next_obs, rewards, terminated, truncated, obs)
+        return state, Step(next_obs, rewards, terminated, truncated, self.observe(physics))
 
     def draw(self, num_steps: int) -> Tensor:
         """(num_steps, B, reset_draws) uniform numbers, each seed's from its own generator."""

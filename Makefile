@@ -1,5 +1,5 @@
 # `make ppo` trains PPO on a bare machine with Python 3.11, `make test` tests the lab. Each sets up .venv first, once.
-PYTHON ?= $(or $(shell command -v python3.11),python3)
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do $$p -c '' 2> /dev/null && echo $$p && break; done)
 PIP := .venv/bin/python -m pip
 RUN := .venv/bin/python -m
 

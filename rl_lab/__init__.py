@@ -29,8 +29,8 @@ def require(module: str, extra: str) -> ModuleType:
         package = module.partition(".")[0]
         if error.name != package:  # installed, but broken: the error says more than we could
             raise
-        command = f"pip install -c constraints.txt -e '.[{extra}]'"
-        raise ModuleNotFoundError(f"{package} is not installed; in the rl_lab folder run: {command}", name=package) from None
+        message = f"{package} is not installed; in a clone of rl_lab: pip install -c constraints.txt -e '.[{extra}]'"
+        raise ModuleNotFoundError(message, name=package) from None
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,89 @@
+"""Who may import whom, and what an algorithm file comes with."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from rl_lab.__main__ import commands, is_command
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = ("algorithms", "envs", "preference", "curves")
+ALLOWED = {  # importing area -> areas it may import; "contract" is rl_lab.vector and rl_lab itself
+    "core": {"contract", "core"},
+    "envs": {"contract", "envs"},
+    "algorithms": {"contract", "core", "envs"},
+    "preference": {"contract", "core"},
+    "curves": {"contract", "curves"},
+}
+
+
+def area_of_module(module: str) -> str:
+    """`rl_lab.envs.classic` -> envs, `rl_lab.returns` -> core."""
+    first = module.split(".")[1] if "." in module else ""
+    return first if first in FOLDERS else "contract" if first in ("", "vector") else "core"
+
+
+def imports(tree: ast.AST) -> set[str]:
+    """Dotted names a module imports; of `from rl_lab import x` also `rl_lab.x`, where that is a module."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            below = {f"{module}.{alias.name}" for alias in node.names} if module == "rl_lab" else set()
+            names |= {module} | {name for name in below if any(ROOT.glob(name.replace(".", "/") + "*"))}
+    return names
+
+
+def violations(area: str, source: str) -> list[str]:
+    """Imports in `source` that a module of `area` may not have; bare and relative ones no module may have."""
+    tree = ast.parse(source)
+    bare = [name for name in imports(tree) if name.startswith(".") or name.split(".")[0] in FOLDERS]
+    if area == "core" and is_command(tree):  # a launcher joins the areas
+        return bare
+    ours = [name for name in imports(tree) if name.split(".")[0] == "rl_lab"]
+    return sorted(bare + [name for name in ours if area_of_module(name) not in ALLOWED[area]])
+
+
+def modules() -> list[tuple[str, Path]]:
+    core = [("core", path) for path in (ROOT / "rl_lab").glob("*.py")]
+    folders = {"curves": ROOT / "rl_lab/curves"} | {name: ROOT / name for name in FOLDERS[:3]}
+    return core + [(name, path) for name, folder in folders.items() for path in folder.rglob("*.py")]
+
+
+@pytest.mark.parametrize(("area", "path"), [pytest.param(a, p, id=f"{a}-{p.stem}") for a, p in sorted(modules())])
+def test_imports_follow_the_layers(area: str, path: Path) -> None:
+    assert violations(area, path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("area", "source", "expected"),
+    [
+        ("core", "from rl_lab.algorithms.ppo import loss", ["rl_lab.algorithms.ppo"]),
+        ("core", "def f():\n    import rl_lab.envs", ["rl_lab.envs"]),  # a late import is an import
+        ("core", "from rl_lab import preference", ["rl_lab.preference"]),
+        ("envs", "from rl_lab.returns import gae", ["rl_lab.returns"]),
+        ("algorithms", "from rl_lab.algorithms.dqn import Args", ["rl_lab.algorithms.dqn"]),
+        ("preference", "from rl_lab.envs import make", ["rl_lab.envs"]),
+        ("curves", "from rl_lab.log import Run", ["rl_lab.log"]),
+        ("algorithms", "from algorithms.dqn import Args", ["algorithms.dqn"]),
+        ("algorithms", "from .dqn import Args", [".dqn"]),
+        ("core", "import envs\nif __name__ == '__main__':\n    pass", ["envs"]),
+        ("core", "from rl_lab.algorithms.ppo import main\nif __name__ == '__main__':\n    main()", []),
+        ("envs", "import torch\nfrom rl_lab import require\nfrom rl_lab.vector import Step", []),
+        ("algorithms", "from rl_lab.envs import make\nfrom rl_lab.returns import gae", []),
+    ],
+)
+def test_a_forbidden_import_is_found(area: str, source: str, expected: list[str]) -> None:
+    assert violations(area, source) == expected
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "algorithms").glob("[!_]*.py")), ids=lambda path: path.stem)
+def test_an_algorithm_has_a_launcher_a_page_and_few_lines(path: Path) -> None:
+    assert path.stem in commands()
+    assert (ROOT / "docs" / f"{path.stem}.md").is_file()
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 300

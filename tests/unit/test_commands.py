@@ -54,6 +54,12 @@ def test_documented_commands_exist(page: Path) -> None:
         assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_documented_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)#:\s]+)[^):]*\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / link).exists(), link
+
+
 def test_importing_the_package_is_light() -> None:
     result = python("-c", "import sys, rl_lab.__main__; print('torch' in sys.modules, 'numpy' in sys.modules)")
     assert result.stdout == "False False\n", result.stderr

@@ -15,7 +15,8 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # for subprocesses; this one has torch loaded already
     torch.set_num_threads(1)
     # What a test compiles, the later ones load, and so does the next session (`pytest --cache-clear` starts anew).
-    if config.cache is not None:
+    if config.pluginmanager.has_plugin("cacheprovider"):
+        assert config.cache is not None
         os.environ.setdefault("RL_LAB_CACHE", str(config.cache.mkdir("compiled")))
 
 

@@ -1,0 +1,241 @@
+"""What Gymnasium's MuJoCo tasks, -v4 and -v5, add to the physics: first states, observations, rewards, terminations.
+
+A task is a class of batched functions of arrays, apart from whatever steps the physics. On NumPy arrays they equal
+`gymnasium.envs.mujoco` 1.4, from which every constant is taken, bit for bit; on torch tensors to rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import mujoco  # type: ignore[import-untyped]
+import numpy as np
+
+Array = Any  # np.ndarray or torch.Tensor
+Arrays = dict[str, Array]  # fields of MjData by name, each (B, *shape)
+
+ASSETS = Path(gym.__file__).parent / "envs" / "mujoco" / "assets"
+
+
+class Task:
+    """What an environment adds to the physics: first state, observation, reward, termination.
+
+    The arrays `before` and `after` hold `fields` as they stood after the previous step (or reset) and after this one.
+    Positions and velocities are then those of the end of the step; what MuJoCo derives from them (xpos, cvel, ...) is
+    one physics step older, because `mj_step` derives it before it integrates. Gymnasium reads both, and so do we.
+    """
+
+    xml: str
+    frame_skip: int  # physics steps per step
+    max_episode_steps = 1000
+    fields: tuple[str, ...] = ("qpos", "qvel")
+    noise: float  # half-width of the first positions' uniform noise, and scale of the first velocities
+    normal_velocity = False  # first velocities are normal, not uniform
+
+    def __init__(self, version: int, xp: Any = np) -> None:
+        """Load the model of `version` 4 or 5; `xp` is the array library, numpy or torch."""
+        self.version, self.xp = version, xp
+        self.model = mujoco.MjModel.from_xml_path(str(ASSETS / self.xml))
+        self.dt = self.model.opt.timestep * self.frame_skip
+
+    def initial(self, rng: np.random.Generator) -> tuple[Array, Array]:
+        """Draw the first (nq,) positions and (nv,) velocities of one environment's episode."""
+        qpos = self.model.qpos0 + rng.uniform(-self.noise, self.noise, self.model.nq)
+        if self.normal_velocity:
+            return qpos, self.noise * rng.standard_normal(self.model.nv)
+        return qpos, rng.uniform(-self.noise, self.noise, self.model.nv)
+
+    def observe(self, s: Arrays) -> Array:
+        """Observations, (B, k)."""
+        return self.xp.concatenate((s["qpos"], s["qvel"]), 1)
+
+    def reward(self, before: Arrays, after: Arrays, actions: Array, terminated: Array) -> Array:
+        """Rewards, (B,); actions are (B, nu) float32, and their cost is summed in float32."""
+        raise NotImplementedError
+
+    def terminated(self, s: Arrays) -> Array:
+        """Whether the task ended, (B,) bool."""
+        return s["qpos"][:, 0] < -math.inf  # never
+
+    def finite(self, s: Arrays) -> Array:
+        return self.xp.isfinite(s["qpos"]).all(1) & self.xp.isfinite(s["qvel"]).all(1)
+
+    def alive(self, terminated: Array, bonus: float) -> Array:
+        """The bonus for being alive, (B,), which -v4 pays on the terminating step too."""
+        return (~terminated | (self.version == 4)) * bonus
+
+
+class HalfCheetah(Task):
+    xml, frame_skip, noise, normal_velocity = "half_cheetah.xml", 5, 0.1, True
+    hidden, control_cost, bonus = 1, 0.1, 0.0  # hidden: leading positions, which are not observed
+
+    def observe(self, s: Arrays) -> Array:
+        return self.xp.concatenate((s["qpos"][:, self.hidden :], s["qvel"]), 1)
+
+    def velocity(self, before: Arrays, after: Arrays) -> Array:
+        """Forward velocity, (B,)."""
+        return (after["qpos"][:, 0] - before["qpos"][:, 0]) / self.dt
+
+    def costs(self, s: Arrays, actions: Array) -> Array:
+        """What the controls, and in some tasks the contact forces, cost, (B,)."""
+        return self.control_cost * (actions * actions).sum(1)
+
+    def reward(self, before: Arrays, after: Arrays, actions: Array, terminated: Array) -> Array:
+        income = self.velocity(before, after)
+        if self.bonus:
+            income = income + self.alive(terminated, self.bonus)
+        return income - self.costs(after, actions)
+
+
+class Swimmer(HalfCheetah):
+    xml, frame_skip, normal_velocity = "swimmer.xml", 4, False
+    hidden, control_cost = 2, 1e-4
+
+
+class Hopper(HalfCheetah):
+    xml, frame_skip, noise, normal_velocity = "hopper.xml", 4, 5e-3, False
+    control_cost, bonus = 1e-3, 1.0
+
+    def observe(self, s: Arrays) -> Array:
+        return self.xp.concatenate((s["qpos"][:, 1:], s["qvel"].clip(-10, 10)), 1)
+
+    def terminated(self, s: Arrays) -> Array:
+        qpos, qvel = s["qpos"], s["qvel"]
+        bounded = (abs(qpos[:, 2:]) < 100).all(1) & (abs(qvel) < 100).all(1)
+        return ~(bounded & (qpos[:, 1] > 0.7) & (abs(qpos[:, 2]) < 0.2))
+
+
+class Walker2d(Hopper):
+    xml = "walker2d.xml"
+
+    def __init__(self, version: int, xp: Any = np) -> None:
+        if version == 5:
+            self.xml = "walker2d_v5.xml"
+        super().__init__(version, xp)
+
+    def terminated(self, s: Arrays) -> Array:
+        z, angle = s["qpos"][:, 1], s["qpos"][:, 2]
+        return ~((z > 0.8) & (z < 2.0) & (abs(angle) < 1.0))
+
+
+class Ant(HalfCheetah):
+    xml, hidden, control_cost, bonus = "ant.xml", 2, 0.5, 1.0
+
+    def __init__(self, version: int, xp: Any = np) -> None:
+        super().__init__(version, xp)
+        self.fields = ("qpos", "qvel", "xpos") if version == 4 else ("qpos", "qvel", "xpos", "cfrc_ext")
+
+    def contact(self, s: Arrays) -> Array:
+        return s["cfrc_ext"].clip(-1, 1).reshape(len(s["qpos"]), -1)
+
+    def observe(self, s: Arrays) -> Array:
+        joints = super().observe(s)
+        return joints if self.version == 4 else self.xp.concatenate((joints, self.contact(s)[:, 6:]), 1)  # 6: the world
+
+    def velocity(self, before: Arrays, after: Arrays) -> Array:
+        return (after["xpos"][:, 1, 0] - before["xpos"][:, 1, 0]) / self.dt  # of the torso, body 1
+
+    def costs(self, s: Arrays, actions: Array) -> Array:
+        control = super().costs(s, actions)
+        return control if self.version == 4 else control + 5e-4 * (self.contact(s) ** 2).sum(1)
+
+    def terminated(self, s: Arrays) -> Array:
+        z = s["qpos"][:, 2]
+        return ~(self.finite(s) & (z >= 0.2) & (z <= 1.0))
+
+
+class Humanoid(HalfCheetah):
+    xml, noise, normal_velocity, control_cost, bonus = "humanoid.xml", 1e-2, False, 0.1, 5.0
+    fields = ("qpos", "qvel", "cinert", "cvel", "qfrc_actuator", "cfrc_ext", "xipos", "ctrl")
+
+    def observe(self, s: Arrays) -> Array:
+        body, dof = (0, 0) if self.version == 4 else (1, 6)  # -v5 leaves out the world and the free joint
+        parts = [s[name][:, body:].reshape(len(s["qpos"]), -1) for name in ("cinert", "cvel", "cfrc_ext")]
+        parts.insert(2, s["qfrc_actuator"][:, dof:])
+        return self.xp.concatenate((s["qpos"][:, 2:], s["qvel"], *parts), 1)
+
+    def velocity(self, before: Arrays, after: Arrays) -> Array:
+        mass = self.xp.asarray(self.model.body_mass)
+        x0, x1 = (self.xp.einsum("b,kbj->kj", mass, s["xipos"])[:, 0] / mass.sum() for s in (before, after))
+        return 1.25 * ((x1 - x0) / self.dt)
+
+    def costs(self, s: Arrays, actions: Array) -> Array:
+        control = self.control_cost * (s["ctrl"] ** 2).sum(1)  # in float64, unlike the other tasks
+        if self.version == 4:
+            return control
+        return control + (5e-7 * (s["cfrc_ext"].reshape(len(actions), -1) ** 2).sum(1)).clip(max=10.0)
+
+    def terminated(self, s: Arrays) -> Array:
+        z = s["qpos"][:, 2]
+        return ~((z > 1.0) & (z < 2.0))
+
+
+class Reacher(Task):
+    xml, frame_skip, max_episode_steps = "reacher.xml", 2, 50
+    fields = ("qpos", "qvel", "xpos")
+
+    def initial(self, rng: np.random.Generator) -> tuple[Array, Array]:
+        qpos = self.model.qpos0 + rng.uniform(-0.1, 0.1, self.model.nq)
+        goal = rng.uniform(-0.2, 0.2, 2)
+        while np.linalg.norm(goal) >= 0.2:
+            goal = rng.uniform(-0.2, 0.2, 2)
+        qvel = rng.uniform(-0.005, 0.005, self.model.nv)
+        qpos[-2:], qvel[-2:] = goal, 0.0
+        return qpos, qvel
+
+    def offset(self, s: Arrays) -> Array:
+        """From target to fingertip, (B, 3)."""
+        return s["xpos"][:, 3] - s["xpos"][:, 4]
+
+    def observe(self, s: Arrays) -> Array:
+        angles, offset = s["qpos"][:, :2], self.offset(s) if self.version == 4 else self.offset(s)[:, :2]
+        parts = (self.xp.cos(angles), self.xp.sin(angles), s["qpos"][:, 2:], s["qvel"][:, :2], offset)
+        return self.xp.concatenate(parts, 1)
+
+    def reward(self, before: Arrays, after: Arrays, actions: Array, terminated: Array) -> Array:
+        offset = self.offset(before if self.version == 4 else after)
+        return -(self.xp.linalg.vecdot(offset, offset) ** 0.5) - (actions * actions).sum(1)
+
+
+class InvertedPendulum(Task):
+    xml, frame_skip, noise = "inverted_pendulum.xml", 2, 0.01
+
+    def reward(self, before: Arrays, after: Arrays, actions: Array, terminated: Array) -> Array:
+        return self.alive(terminated, 1.0)
+
+    def terminated(self, s: Arrays) -> Array:
+        return ~(self.finite(s) & (abs(s["qpos"][:, 1]) <= 0.2))
+
+
+class InvertedDoublePendulum(Task):
+    xml, frame_skip, noise, normal_velocity = "inverted_double_pendulum.xml", 5, 0.1, True
+    fields = ("qpos", "qvel", "qfrc_constraint", "site_xpos")
+
+    def observe(self, s: Arrays) -> Array:
+        angles, forces = s["qpos"][:, 1:], s["qfrc_constraint"] if self.version == 4 else s["qfrc_constraint"][:, :1]
+        parts = (s["qpos"][:, :1], self.xp.sin(angles), self.xp.cos(angles), s["qvel"].clip(-10, 10))
+        return self.xp.concatenate((*parts, forces.clip(-10, 10)), 1)
+
+    def reward(self, before: Arrays, after: Arrays, actions: Array, terminated: Array) -> Array:
+        tip, qvel = after["site_xpos"][:, 0], after["qvel"]
+        distance = 0.01 * squared(tip[:, 0]) + squared(tip[:, 2] - 2)
+        velocity = 1e-3 * squared(qvel[:, 1]) + 5e-3 * squared(qvel[:, 2])
+        return self.alive(terminated, 10.0) - distance - velocity
+
+    def terminated(self, s: Arrays) -> Array:
+        return s["site_xpos"][:, 0, 2] <= 1
+
+
+def squared(x: Array) -> Array:
+    """x ** 2, on NumPy by C's pow: Gymnasium squares scalars, which at times rounds differently from a product."""
+    return np.array([v**2 for v in x.tolist()]) if isinstance(x, np.ndarray) else x * x
+
+
+RUNNERS = (HalfCheetah, Hopper, Walker2d, Ant, Humanoid, Swimmer)
+FAMILIES = (*RUNNERS, Reacher, InvertedPendulum, InvertedDoublePendulum)
+TASKS: dict[str, Callable[..., Task]] = {f"{t.__name__}-v{v}": partial(t, v) for t in FAMILIES for v in (4, 5)}

@@ -1,0 +1,66 @@
+"""Environments by Gymnasium id: `make`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Sequence
+
+import gymnasium as gym
+import torch
+
+from rl_lab.envs.adapter import GymnasiumEnv
+from rl_lab.envs.classic import CLASSIC
+from rl_lab.vector import VectorEnv
+
+BACKENDS = ("auto", "native", "gymnasium")
+EXTRAS = {"ale_py": "rl_lab[atari]", "mujoco": "gymnasium[mujoco]"}  # by the package missing
+
+
+def make(
+    env_id: str,
+    seeds: Sequence[int],
+    num_envs: int,
+    device: torch.device | str = "cpu",
+    backend: str = "auto",
+) -> VectorEnv:
+    """Make len(seeds) * num_envs environments in the form of `rl_lab.vector`.
+
+    Args:
+        env_id: a Gymnasium id, such as "CartPole-v1"; "module:Name-v0" imports the module that registers it.
+        seeds: one non-negative integer per agent.
+        num_envs: environments per seed.
+        device: where the tensors live. MuJoCo and Gymnasium environments compute on the CPU and hand tensors over.
+        backend: "native" is this package's batched implementation, "gymnasium" the original, "auto" the native one
+            where there is one.
+    Raises:
+        ValueError: if an argument is unusable, the id unknown or a package missing; it says what would work.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is unknown; there are {', '.join(BACKENDS)}")
+    if num_envs < 1:
+        raise ValueError(f"num_envs={num_envs} must be at least 1")
+    if not seeds or min(seeds) < 0:
+        raise ValueError(f"seeds={list(seeds)} must be one or more integers from 0 up")
+    try:
+        if env_id.startswith("ALE/"):
+            importlib.import_module("ale_py")  # registers these ids
+        if env_id not in gym.registry and ":" not in env_id:
+            nearest = difflib.get_close_matches(env_id, gym.registry)
+            hint = f"the nearest ids are {', '.join(nearest)}" if nearest else "no id is spelled nearly so"
+            raise ValueError(f"env_id={env_id!r} is unknown: {hint}")
+        if backend != "gymnasium":
+            if env_id in CLASSIC:
+                return CLASSIC[env_id](seeds, num_envs, device)
+            from rl_lab.envs.mujoco import MujocoEnv  # here, so that the others do not need mujoco
+            from rl_lab.envs.mujoco_tasks import TASKS
+
+            if env_id in TASKS:
+                return MujocoEnv(env_id, seeds, num_envs, device)
+            if backend == "native":
+                raise ValueError(f"backend='native' has no {env_id}; it has {', '.join([*CLASSIC, *TASKS])}")
+        return GymnasiumEnv(env_id, seeds, num_envs, device)
+    except (gym.error.Error, ImportError) as error:
+        package = getattr(error, "name", None)  # Gymnasium's own errors name no package, they say what to install
+        reason = f'it needs {package}: pip install "{EXTRAS[package]}"' if package in EXTRAS else error
+        raise ValueError(f"{env_id} cannot be made: {reason}") from error

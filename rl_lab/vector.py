@@ -64,7 +64,7 @@ class VectorEnv(abc.ABC):
         """Step all environments.
 
         Args:
-            actions: (B,) int64 for Discrete, (B, K) int64 for MultiDiscrete, (B, *shape) float32 for Box, within bounds.
+            actions: (B,) int64 for Discrete, (B, K) int64 for MultiDiscrete, (B, *shape) float32 for Box, in bounds.
         """
 
     @abc.abstractmethod
@@ -80,7 +80,7 @@ class VectorEnv(abc.ABC):
         """(B, A) bool, True where an action is allowed next (MultiDiscrete: components side by side), or None."""
         return None
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 (most environments hold nothing)
         """Release what the environment holds outside Python."""
 
 

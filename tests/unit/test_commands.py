@@ -38,7 +38,8 @@ def test_a_command_is_a_module_with_a_guard(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", sorted(commands()))
 def test_help_exits_well(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert commands()[name], f"rl_lab/{name}.py has no docstring"
+    assert re.fullmatch(r"[A-Z][a-z]+ .*\.", commands()[name]), "the docstring's first line is a sentence: verb first"
+    assert "python -m" not in commands()[name], "the list says how to call it"
     monkeypatch.setattr(sys, "argv", [name, "--help"])
     with pytest.raises(SystemExit) as exit:
         runpy.run_module(f"rl_lab.{name}", run_name="__main__")

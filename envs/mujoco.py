@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
 from typing import Any
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rl_lab.envs.mujoco_tasks import TASKS, Array, Arrays
+from rl_lab.envs.mujoco_tasks import TASKS, Arrays
 from rl_lab.vector import Step, VectorEnv
 
 STATE = mujoco.mjtState.mjSTATE_INTEGRATION  # time, positions, velocities, controls, applied forces, warm start
@@ -49,53 +48,63 @@ class MujocoEnv(VectorEnv):
         self.generators = [np.random.default_rng(seed) for seed in self.seeds]
         self.task = TASKS[env_id]()
         model, fields, rows = self.task.model, self.task.fields, len(self.seeds) * num_envs
+        self._actions_shape = (rows, model.nu)
+        self._remote = self.device.type != "cpu"
+        self._tensor: Callable[[np.ndarray], Tensor] = torch.from_numpy
+        if self._remote:
+            self._tensor = lambda array: torch.from_numpy(array).to(self.device)
         self.data = [mujoco.MjData(model) for _ in range(rows)]
 
-        # Views of MuJoCo's memory, which stays where it is: one concatenation reads all fields of all rows.
+        # Views of MuJoCo's memory, which stays where it is, and two buffers: one concatenation reads all fields of all
+        # rows into one of them, while the other holds what the step before has read.
         self._views = [getattr(data, name).reshape(-1) for data in self.data for name in fields]
-        self._layout: list[tuple[str, slice, tuple[int, ...]]] = []
-        start = 0
-        for name in fields:
-            shape = getattr(self.data[0], name).shape
-            self._layout.append((name, slice(start, start + math.prod(shape)), (rows, *shape)))
-            start += math.prod(shape)
+        record = np.dtype([(name, np.float64, getattr(self.data[0], name).shape) for name in fields])
+        records = np.zeros(rows, record), np.zeros(rows, record)
+        self._flat, self._flat_before = (array.view(np.float64) for array in records)
+        self._fields, self._fields_before = ({name: array[name] for name in fields} for array in records)
         work = [(row, data, data.ctrl) for row, data in enumerate(self.data)]
         self._chunks = [work[i::num_threads] for i in range(num_threads)]
         self._pool = ThreadPoolExecutor(num_threads) if num_threads > 1 else None
 
-        self._done = np.zeros(rows, bool)
-        self._returns, self._lengths = np.zeros(rows), np.zeros(rows, np.int64)
         low, high = model.actuator_ctrlrange.astype(np.float32).T
         self.action_space = gym.spaces.Box(low, high, dtype=np.float32)
         width = self.task.observe(self._read()).shape[1]
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (width,), np.float64)
 
     def reset(self) -> Tensor:
-        self._done[:], self._returns[:], self._lengths[:] = False, 0.0, 0
-        return self._tensor(self._begin(range(len(self.data))))
+        rows = np.arange(len(self.data))
+        self._clock = 0  # steps since; an episode's length is the time since its start
+        self._starts, self._returns = np.zeros(len(rows), np.int64), np.zeros(len(rows))
+        self._ended, self._deadline = rows[:0], self.task.max_episode_steps
+        return self._tensor(self._begin(rows))
 
     def step(self, actions: Tensor) -> Step:
-        controls = actions.cpu().numpy()
-        if controls.shape != (len(self.data), self.task.model.nu):
-            raise ValueError(f"actions of shape {controls.shape} must be {(len(self.data), self.task.model.nu)}")
+        task, tensor, controls = self.task, self._tensor, (actions.cpu() if self._remote else actions).numpy()
+        if controls.shape != self._actions_shape:
+            raise ValueError(f"actions of shape {controls.shape} must be {self._actions_shape}")
         if self._pool is None:
             self._advance(self._chunks[0], controls)
         else:
             list(self._pool.map(self._advance, self._chunks, repeat(controls)))
-        before, after = self._arrays, self._read()
-        terminated = self.task.terminated(after)
-        rewards = self.task.reward(before, after, controls, terminated)
-        next_obs = self._tensor(self.task.observe(after))
+        before, after = self._fields, self._read_next()
+        terminated, truncated = task.terminated(after), np.zeros(len(controls), bool)
+        if terminated is None:
+            terminated = np.zeros(len(controls), bool)
+        rewards = task.reward(before, after, controls, terminated)
+        next_obs = obs = tensor(task.observe(after))
 
-        if np.count_nonzero(self._done):  # the step before ended these episodes, so their totals are over
-            self._returns[self._done], self._lengths[self._done] = 0.0, 0
+        if len(self._ended):  # by the step before, so their totals are over
+            self._returns[self._ended], self._starts[self._ended] = 0.0, self._clock
+            self._ended, self._deadline = self._ended[:0], int(self._starts.min()) + task.max_episode_steps
+        self._clock += 1
         self._returns += rewards
-        self._lengths += 1
-        truncated = self._lengths >= self.task.max_episode_steps
-        self._done = terminated | truncated
-        ended = np.flatnonzero(self._done) if np.count_nonzero(self._done) else ()
-        obs = self._tensor(self._begin(ended)) if len(ended) else next_obs
-        return Step(next_obs, self._tensor(rewards), self._tensor(terminated), self._tensor(truncated), obs)
+        late = self._clock >= self._deadline  # no row reaches its time limit before
+        if late:
+            truncated = self._clock - self._starts >= task.max_episode_steps
+        if late or any(terminated.tolist()):
+            self._ended = np.flatnonzero(terminated | truncated)
+            obs = tensor(self._begin(self._ended))
+        return Step(next_obs, tensor(rewards), tensor(terminated), tensor(truncated), obs)
 
     def _advance(self, work: list[tuple[int, mujoco.MjData, np.ndarray]], controls: np.ndarray) -> None:
         model, frame_skip = self.task.model, self.task.frame_skip
@@ -107,25 +116,25 @@ class MujocoEnv(VectorEnv):
                 mujoco.mj_rnePostConstraint(model, data)  # what mj_step leaves out: cfrc_ext
 
     def _read(self) -> Arrays:
-        """Copy the task's fields of all rows; they are the next step's `before`."""
-        return self._hold(np.concatenate(self._views).reshape(len(self.data), -1))
+        """Read the task's fields of all rows over what was read last."""
+        np.concatenate(self._views, out=self._flat)
+        return self._fields
 
-    def _hold(self, flat: np.ndarray) -> Arrays:
-        self._flat = flat
-        self._arrays = {name: flat[:, part].reshape(shape) for name, part, shape in self._layout}
-        return self._arrays
+    def _read_next(self) -> Arrays:
+        """Likewise, but keep what was read last until the next step: it is this one's `before`."""
+        self._flat, self._flat_before = self._flat_before, self._flat
+        self._fields, self._fields_before = self._fields_before, self._fields
+        return self._read()
 
-    def _begin(self, rows: Iterable[int]) -> Array:
+    def _begin(self, rows: np.ndarray) -> np.ndarray:
         """Start an episode in each of `rows`; return the observations of all rows."""
         for row in rows:
             data = self.data[row]
             mujoco.mj_resetData(self.task.model, data)
             data.qpos[:], data.qvel[:] = self.task.initial(self.generators[row // self.num_envs])
             mujoco.mj_forward(self.task.model, data)
-        return self.task.observe(self._read())
-
-    def _tensor(self, array: Array) -> Tensor:
-        return torch.from_numpy(array).to(self.device)
+        obs: np.ndarray = self.task.observe(self._read())
+        return obs
 
     @property
     def episode_returns(self) -> Tensor:  # type: ignore[override]
@@ -133,7 +142,7 @@ class MujocoEnv(VectorEnv):
 
     @property
     def episode_lengths(self) -> Tensor:  # type: ignore[override]
-        return self._tensor(self._lengths)
+        return self._tensor(self._clock - self._starts)
 
     def state_dict(self) -> dict[str, Any]:
         model = self.task.model
@@ -142,23 +151,28 @@ class MujocoEnv(VectorEnv):
             mujoco.mj_getState(model, data, row, STATE)
         arrays = {
             "physics": physics,
-            "fields": self._flat,  # the next reward reads them, and they do not follow from the physics' state
-            "done": self._done,
-            "episode_returns": self._returns,
-            "episode_lengths": self._lengths,
+            "fields": self._flat,  # what the next reward reads does not all follow from the physics
+            "ended": self._ended,
+            "starts": self._starts,
+            "returns": self._returns,
         }
         generators = {str(seed): g.bit_generator.state for seed, g in zip(self.seeds, self.generators, strict=True)}
-        return {name: torch.tensor(array) for name, array in arrays.items()} | {"generators": generators}
+        tensors = {name: torch.tensor(array) for name, array in arrays.items()}
+        return {"arrays": tensors, "clock": self._clock, "deadline": self._deadline, "generators": generators}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        physics = state["physics"].numpy()
-        if physics.shape != (len(self.data), mujoco.mj_stateSize(self.task.model, STATE)):
-            raise ValueError(f"a state of shape {physics.shape} is of other environments than these")
-        for data, row in zip(self.data, physics, strict=True):
+        arrays = {name: tensor.numpy().copy() for name, tensor in state["arrays"].items()}
+        expected = (len(self.data), mujoco.mj_stateSize(self.task.model, STATE))
+        if arrays["physics"].shape != expected:
+            raise ValueError(f"a state of shape {arrays['physics'].shape} does not fit an environment of {expected}")
+        for data, row in zip(self.data, arrays["physics"], strict=True):
             mujoco.mj_setState(self.task.model, data, row, STATE)
-        self._hold(state["fields"].numpy())
-        self._done = state["done"].numpy()
-        self._returns[:] = state["episode_returns"].numpy()
-        self._lengths[:] = state["episode_lengths"].numpy()
+        self._flat[:] = arrays["fields"]
+        self._ended, self._starts, self._returns = arrays["ended"], arrays["starts"], arrays["returns"]
+        self._clock, self._deadline = state["clock"], state["deadline"]
         for seed, generator in zip(self.seeds, self.generators, strict=True):
             generator.bit_generator.state = state["generators"][str(seed)]
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()

@@ -6,7 +6,6 @@ A task is a class of batched functions of arrays, apart from whatever steps the 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ import mujoco  # type: ignore[import-untyped]
 import numpy as np
 
 Array = Any  # np.ndarray or torch.Tensor
-Arrays = dict[str, Array]  # fields of MjData by name, each (B, *shape)
+Arrays = Any  # fields of MjData by name, each (B, *shape): a structured array, or a dict of tensors
 
 ASSETS = Path(gym.__file__).parent / "envs" / "mujoco" / "assets"
 
@@ -58,9 +57,9 @@ class Task:
         """Rewards, (B,); actions are (B, nu) float32, and their cost is summed in float32."""
         raise NotImplementedError
 
-    def terminated(self, s: Arrays) -> Array:
-        """Whether the task ended, (B,) bool."""
-        return s["qpos"][:, 0] < -math.inf  # never
+    def terminated(self, s: Arrays) -> Array | None:
+        """Whether the task ended, (B,) bool; None if it never does."""
+        return None
 
     def finite(self, s: Arrays) -> Array:
         return self.xp.isfinite(s["qpos"]).all(1) & self.xp.isfinite(s["qvel"]).all(1)

@@ -1,0 +1,123 @@
+"""Checkpoints that survive a kill at any moment, and files of parameters. Loading runs no code from a file.
+
+Both are safetensors files (https://huggingface.co/docs/safetensors, "Format"): a JSON header, then raw numbers. That
+format has no checksum, so the metadata carries the SHA-256 of the whole file, taken with zeros in the digest's place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+NAME, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensors"
+_TREE, _SHA256 = "rl_lab.tree", "rl_lab.sha256"
+_ZEROS = b"0" * 64
+_DIGEST = re.compile(rb'(?<="rl_lab\.sha256":")[0-9a-f]{64}')  # within a JSON string the quotes would have backslashes
+
+
+def save(folder: Path, state: dict[str, Any]) -> None:
+    """Write `state` as the folder's checkpoint; the one before becomes the previous one, so one is always complete.
+
+    Args:
+        state: nested dicts with str keys; leaves are tensors or JSON values (None, bool, int, float, str, lists).
+    Raises:
+        ValueError: for another kind of leaf, or a key that holds "/".
+        OSError: if the file cannot be written (it is named); the earlier checkpoints stay.
+    """
+    tensors: dict[str, Tensor] = {}
+    tree = json.dumps(_take_tensors(state, (), tensors))
+    save_tensors(folder / NAME, tensors, {_TREE: tree}, keep=folder / PREVIOUS)
+
+
+def load(folder: Path) -> dict[str, Any]:
+    """The newest good state in `folder`, tensors on the CPU. Warns if it is the previous one, ValueError if none."""
+    found: list[str] = []
+    for path in (folder / NAME, folder / PREVIOUS):
+        try:
+            tensors, metadata = load_tensors(path)
+            state: dict[str, Any] = _put_tensors(json.loads(metadata[_TREE]), (), tensors)
+        except FileNotFoundError:
+            found.append(f"{path} is missing")
+        except KeyError:
+            found.append(f"{path} holds tensors but no checkpoint")
+        except ValueError as error:
+            found.append(str(error))
+        else:
+            for reason in found:
+                warnings.warn(f"{reason}; going on from {path}", stacklevel=2)
+            return state
+    raise ValueError(f"{'; '.join(found)}; name a run folder with a complete checkpoint")
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], keep: Path | None = None) -> None:
+    """Write, as `replace_file` does, a file that any safetensors reader can load."""
+    # Clones, because safetensors refuses tensors that share memory or are not contiguous.
+    own = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
+    blob = safetensors.torch.save(own, metadata | {_SHA256: _ZEROS.decode()})
+    start = blob.index(b'"%s":"' % _SHA256.encode()) + len(_SHA256) + 4
+    # In three pieces, so that putting the digest in does not copy the large last one.
+    replace_file(path, blob[:start], hashlib.sha256(blob).hexdigest().encode(), memoryview(blob)[start + 64 :], keep=keep)
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors, on the CPU, and metadata of a file written here; ValueError if it is foreign or damaged."""
+    blob = path.read_bytes()
+    if (digest := _DIGEST.search(blob)) is None:
+        raise ValueError(f"{path} has no rl_lab checksum: it was cut short or another program wrote it")
+    if hashlib.sha256(blob.replace(digest[0], _ZEROS, 1)).hexdigest().encode() != digest[0]:
+        raise ValueError(f"{path} is damaged: its content does not match its checksum")
+    header = json.loads(blob[8 : 8 + int.from_bytes(blob[:8], "little")])
+    return safetensors.torch.load(blob), {k: v for k, v in header["__metadata__"].items() if k != _SHA256}
+
+
+def replace_file(path: Path, *chunks: bytes | memoryview, keep: Path | None = None) -> None:
+    """Write a file so that a kill or a power cut leaves the old one (moved to `keep`) or the new; OSError names it."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.writelines(chunks)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            os.replace(path, keep)
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)  # only now are the names on disk
+        os.close(folder)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _is_json(leaf: Any) -> bool:
+    return leaf is None or type(leaf) in (bool, int, float, str) or (type(leaf) is list and all(map(_is_json, leaf)))
+
+
+def _take_tensors(node: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
+    """`node` in JSON, dicts in their order; null for a tensor, which `tensors` gets as "a/b/c"; [x] for a leaf x."""
+    if isinstance(node, dict):
+        for key in node:
+            if not isinstance(key, str) or "/" in key or key == "__metadata__":  # the latter is safetensors' own
+                raise ValueError(f"checkpoint key {key!r} in {'/'.join(path)!r}: use strings without '/'")
+        return {key: _take_tensors(child, (*path, key), tensors) for key, child in node.items()}
+    if isinstance(node, Tensor):
+        tensors["/".join(path)] = node
+        return None
+    if _is_json(node):
+        return [node]
+    raise ValueError(f"{'/'.join(path)} is a {type(node).__name__}; a checkpoint holds tensors and JSON values")
+
+
+def _put_tensors(tree: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
+    if isinstance(tree, dict):
+        return {key: _put_tensors(child, (*path, key), tensors) for key, child in tree.items()}
+    return tensors["/".join(path)] if tree is None else tree[0]

@@ -63,9 +63,9 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
     # Clones, because safetensors refuses tensors that share memory or are not contiguous.
     own = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
     blob = safetensors.torch.save(own, metadata | {_SHA256: _ZEROS.decode()})
+    digest = hashlib.sha256(blob).hexdigest().encode()
     start = blob.index(b'"%s":"' % _SHA256.encode()) + len(_SHA256) + 4
-    # In three pieces, so that putting the digest in does not copy the large last one.
-    replace_file(path, blob[:start], hashlib.sha256(blob).hexdigest().encode(), memoryview(blob)[start + 64 :], keep=keep)
+    replace_file(path, blob[:start], digest, memoryview(blob)[start + 64 :], keep=keep)
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

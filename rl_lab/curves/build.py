@@ -17,7 +17,6 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import tyro
 
 from rl_lab.curves.store import REFERENCE, read_episodes
@@ -29,6 +28,18 @@ ORIGIN = {
     "licence": "MIT",
     "measured": "the script unmodified, default flags, CPU, one thread a run",
     "versions": {"gymnasium": "0.29.1", "mujoco": "2.3.3", "numpy": "1.26.4", "torch": "2.13.0"},
+}
+# Columns of published.csv and where they come from.
+FIGURES = {
+    "script": "variant",
+    "env": "env_id",
+    "mean": "mean",
+    "std": "std",
+    "seeds": "n_seeds",
+    "total_timesteps": "total_timesteps",
+    "metric": "metric",
+    "source": "source_path",
+    "commit": "source_commit",
 }
 
 
@@ -68,21 +79,18 @@ def build(folder: Path, target: Path = REFERENCE) -> list[Path]:
 def build_published(tables: Path, target: Path = REFERENCE) -> Path:
     """Condense a table of CleanRL's documented results at COMMIT to one figure for a (script, env).
 
-    Columns read: algo, variant, env_id, metric, mean, std, n_seeds, total_timesteps, source_path, source_commit. The
-    mean of the last 100 episodes is preferred to a final return of unstated definition.
+    The mean of the last 100 episodes is preferred to a final return of unstated definition.
     """
-    columns = ["variant", "env_id", "mean", "std", "n_seeds", "total_timesteps", "metric", "source_path", "source_commit"]
     figures: dict[tuple[str, str], list[str]] = {}
     with tables.open() as file:
         rows = [row for row in csv.DictReader(file) if row["source_commit"] == COMMIT and row["mean"]]
     for metric in ("return_mean_last100_train_episodes", "return_final_as_documented"):
         for row in rows:
             if row["metric"] == metric and row["algo"]:  # rows without are other projects' figures, quoted by CleanRL
-                figures.setdefault((row["variant"], row["env_id"]), [row[column] for column in columns])
+                figures.setdefault((row["variant"], row["env_id"]), [row[column] for column in FIGURES.values()])
     path = target / "published.csv"
-    header = ["script", "env", "mean", "std", "seeds", "total_timesteps", "metric", "source", "commit"]
     with path.open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([header, *(figures[key] for key in sorted(figures))])
+        csv.writer(file, lineterminator="\n").writerows([FIGURES, *(figures[key] for key in sorted(figures))])
     return path
 
 

@@ -1,7 +1,7 @@
 """Judging runs against a reference: an equivalence test with a margin declared beforehand.
 
 The command is `python -m rl_lab.compare`; docs/curves.md states the method. `judge` is the whole of it for one
-environment and algorithm; everything else finds its inputs or prints its result.
+environment and algorithm; the rest finds its inputs and puts findings into words.
 """
 
 from __future__ import annotations
@@ -9,19 +9,15 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import math
 import tomllib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-import tyro
-from rich import box
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from rl_lab.curves import statistics, store
 from rl_lab.curves.statistics import Floats
@@ -29,12 +25,10 @@ from rl_lab.curves.store import Run
 
 MARGINS = Path(__file__).parent / "margins.toml"
 EXIT_CODES = {"better": 0, "match": 0, "worse": 1, "underpowered": 2, "informative": 2, "no reference": 3}
-BAD_INPUT = 4
-SEVERITY = (1, 3, 2, 0)  # of several comparisons the first of these exit codes that occurs is the command's
 
 
 @dataclass(frozen=True)
-class Test:
+class Equivalence:
     """The equivalence test of one statistic; scores and margin in return units."""
 
     statistic: str
@@ -68,27 +62,31 @@ class Result:
     verdict: str
     reference: str
     budget: int
-    margin_reason: str
     seeds: dict[str, list[int]]
     scores: dict[str, Floats]
     areas: dict[str, Floats]
     curves: dict[str, Floats]
     start: int = 0
-    tests: list[Test] = field(default_factory=list)
+    margin_reason: str = ""
+    tests: list[Equivalence] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @property
     def exit_code(self) -> int:
+        """What a script needs: 0 match or better, 1 worse, 2 nothing decided, 3 no reference."""
         return EXIT_CODES[self.verdict]
 
-    def to_json(self) -> dict[str, Any]:
-        record = dataclasses.asdict(dataclasses.replace(self, curves={}))
-        del record["curves"]
+    def to_json(self) -> str:
+        """Everything but the curves; JSON has no infinity, an unbounded interval ends in null."""
+        record = dataclasses.asdict(dataclasses.replace(self, curves={})) | {"exit_code": self.exit_code}
         for name in ("scores", "areas"):
             record[name] = {side: [round(float(x), 4) for x in values] for side, values in record[name].items()}
-        return record | {"exit_code": self.exit_code}
+        for test in record["tests"]:
+            test.update({end: None for end in ("low", "high") if not math.isfinite(test[end])})
+        del record["curves"]
+        return json.dumps(record, indent=1, allow_nan=False) + "\n"
 
 
 @dataclass(frozen=True)
@@ -170,23 +168,23 @@ def judge(ours: Sequence[Run], reference: Reference, margin: str | None = None, 
     for runs in sides.values():
         distinct_seeds(runs)
     budget = common_budget([*ours, *theirs])
-    scores = {k: np.array([statistics.final_score(r.returns) for r in runs]) for k, runs in sides.items() if runs}
-    curves = {
-        k: np.stack([statistics.on_grid(r.steps, r.returns, budget) for r in runs]) for k, runs in sides.items() if runs
-    }
+    scores, curves = {}, {}
+    for side, runs in sides.items():
+        if runs:
+            scores[side] = np.array([statistics.final_score(run.returns) for run in runs])
+            curves[side] = np.stack([statistics.on_grid(run.steps, run.returns, budget) for run in runs])
     base = Result(
-        first.env,
-        first.algo,
-        first.script,
-        "no reference",
-        reference.name,
-        budget,
-        "",
-        {k: [run.seed for run in runs] for k, runs in sides.items()},
-        scores,
-        {k: statistics.normalised_area(curve) for k, curve in curves.items()},
-        curves,
-        notes=_notes(ours) + _published(first.script, first.env, scores["ours"], budget),
+        env=first.env,
+        algo=first.algo,
+        script=first.script,
+        verdict="no reference",
+        reference=reference.name,
+        budget=budget,
+        seeds={side: [run.seed for run in runs] for side, runs in sides.items()},
+        scores=scores,
+        areas={side: statistics.normalised_area(curve) for side, curve in curves.items()},
+        curves=curves,
+        notes=_notes(ours, theirs) + _published(first.script, first.env, scores["ours"], budget),
         provenance=reference.provenance,
         versions={"ours": first.config.get("versions", {}), "reference": reference.provenance.get("versions", {})},
     )
@@ -207,23 +205,24 @@ def judge(ours: Sequence[Run], reference: Reference, margin: str | None = None, 
             f"uninformative up to step {start * budget // statistics.GRID:,}, where the reference has not left its "
             "starting level: the area counts from there"
         )
-    areas = {k: statistics.normalised_area(curve, start) for k, curve in curves.items()}
+    areas = {side: statistics.normalised_area(curve, start) for side, curve in curves.items()}
+    area_units = in_units(area_margin, areas["reference"])
     generator = np.random.default_rng(seed)
     tests = [
         equivalence("last-100 score", scores["ours"], scores["reference"], units, generator),
-        equivalence(
-            "normalised area", areas["ours"], areas["reference"], in_units(area_margin, areas["reference"]), generator
-        ),
+        equivalence("normalised area", areas["ours"], areas["reference"], area_units, generator),
     ]
     verdict = max((test.verdict for test in tests), key=statistics.VERDICTS.index)
     return dataclasses.replace(base, verdict=verdict, tests=tests, areas=areas, start=start, margin_reason=reason)
 
 
-def equivalence(name: str, ours: Floats, reference: Floats, margin: float, generator: np.random.Generator) -> Test:
+def equivalence(
+    name: str, ours: Floats, reference: Floats, margin: float, generator: np.random.Generator
+) -> Equivalence:
     """The equivalence test of (R,) against (R',) scores with a margin in return units."""
     difference, low, high = statistics.difference_interval(ours, reference, generator)
     verdict = statistics.VERDICTS[int(statistics.decide(low, high, margin))]
-    return Test(
+    return Equivalence(
         name,
         float(statistics.iqm(ours)),
         float(statistics.iqm(reference)),
@@ -260,7 +259,7 @@ def find_reference(where: str, script: str, env: str) -> Reference:
         runs = [run for run in runs if run.env == env]
         scripts = {run.script for run in runs}
         if len(scripts) > 1 and script not in scripts:
-            raise ValueError(f"{path} holds {sorted(scripts)} on {env} and none of {script}: name the one to compare with")
+            raise ValueError(f"{path} holds {sorted(scripts)} on {env}, none of them {script}: name one run or file")
         runs = [run for run in runs if len(scripts) == 1 or run.script == script]
     origin = store.provenance(runs[0].path) or {"versions": runs[0].config.get("versions", {})} if runs else {}
     return Reference(f"{where}: {runs[0].script} on {env}" if runs else where, runs, provenance=origin)
@@ -268,102 +267,86 @@ def find_reference(where: str, script: str, env: str) -> Reference:
 
 def compare(paths: Sequence[Path], reference: str = "cleanrl", margin: str | None = None) -> list[Result]:
     """Judge every (environment, algorithm) found at `paths` and write verdict.json into the run folders of ours."""
-    groups: dict[tuple[str, str, str], list[Run]] = defaultdict(list)
+    groups: dict[tuple[str, str], list[Run]] = defaultdict(list)
     for path in paths:
         for run in store.load(path):
-            groups[run.env, run.algo, run.script].append(run)
+            groups[run.env, run.algo].append(run)
     results = []
-    for (env, _, script), runs in sorted(groups.items()):
-        results.append(judge(runs, find_reference(reference, script, env), margin))
+    for (env, _), runs in sorted(groups.items()):
+        result = judge(runs, find_reference(reference, runs[0].script, env), margin)
         for run in runs:
             if run.config:
-                text = json.dumps(results[-1].to_json(), indent=1)
-                (run.path / "verdict.json").write_text(text + "\n")
+                (run.path / "verdict.json").write_text(result.to_json())
+        results.append(result)
     return results
 
 
-def print_result(result: Result, console: Console) -> None:
-    """One comparison as a table with its notes."""
-    console.print(f"\n[bold]{result.algo} on {result.env}[/] against {escape(result.reference)}, {result.budget:,} steps")
-    counts = {side: len(seeds) for side, seeds in result.seeds.items()}
-    if result.tests:
-        table = Table(box=box.SIMPLE_HEAD)
-        for title in ("IQM of", f"ours ({counts['ours']} seeds)", f"reference ({counts['reference']} seeds)",
-                      "difference", "90 % interval", "margin", "P(ours better)", "verdict"):  # fmt: skip
-            table.add_column(title, justify="left" if title in ("IQM of", "verdict") else "right")
-        for test in result.tests:
-            numbers = (f"{test.ours:.1f}", f"{test.reference:.1f}", f"{test.difference:+.1f}",
-                       f"{test.low:+.1f} to {test.high:+.1f}", f"±{test.margin:.1f}", f"{test.improvement:.2f}")  # fmt: skip
-            table.add_row(test.statistic, *numbers, test.verdict)
-        console.print(table)
-        console.print(f"Margin: {escape(result.margin_reason)}")
-    for line in power_lines(result) + result.notes + version_lines(result):
-        console.print(f"- {line}", markup=False)
-    colour = {0: "green", 1: "red"}.get(result.exit_code, "yellow")
-    console.print(f"Verdict: [bold {colour}]{result.verdict}[/]")
-
-
-def power_lines(result: Result) -> list[str]:
+def seeds_lines(result: Result) -> list[str]:
     """What would decide an underpowered test."""
-    return [
-        f"{test.statistic}: about {test.seeds_needed} seeds on either side would decide (80 % chance of `match` if "
-        "both are equal and scatter as seen)"
-        if test.seeds_needed
-        else f"{test.statistic}: no number of seeds can be named, a side has one run or scatters beyond the margin"
-        for test in result.tests
-        if test.verdict == "underpowered"
-    ]
+    lines = []
+    for test in result.tests:
+        if test.seeds_needed:
+            line = "seeds on either side would decide (an 80 % chance of match, if both are equal and scatter as seen)"
+            lines.append(f"{test.statistic}: about {test.seeds_needed} {line}")
+        elif test.verdict == "underpowered":
+            lines.append(
+                f"{test.statistic}: no number of seeds can be named, one run or a scatter far beyond the margin"
+            )
+    return lines
 
 
 def version_lines(result: Result) -> list[str]:
     """The packages whose version differs between the two sides."""
     ours, theirs = result.versions["ours"], result.versions["reference"]
-    changed = [f"{name} {ours[name]} (reference {theirs[name]})" for name in theirs if ours.get(name, theirs[name]) != theirs[name]]
-    return [f"versions differ: {', '.join(changed)}"] if changed else []
-
-
-def list_references(console: Console) -> None:
-    """A table of all there is to compare with."""
-    table = Table("script", "environment", "seeds", "steps", "kind", "source", box=box.SIMPLE_HEAD)
-    for path in sorted(store.REFERENCE.glob("*__*.csv.gz")):
-        note = store.provenance(path)
-        source = f"{note['repository'].removeprefix('https://github.com/')}@{note['commit'][:8]}"
-        table.add_row(note["script"], note["env"], str(len(note["seeds"])), f"{note['total_timesteps']:,}", "logs: decide", source)
-    with (store.REFERENCE / "published.csv").open() as file:
-        for row in csv.DictReader(file):
-            steps = f"{int(row['total_timesteps']):,}" if row["total_timesteps"] else "?"
-            table.add_row(row["script"], row["env"], row["seeds"], steps, f"{row['mean']} ± {row['std']}: informs", row["source"])
-    console.print(table)
+    pairs = [(name, ours[name], theirs[name]) for name in theirs if name in ours and ours[name] != theirs[name]]
+    changed = ", ".join(f"{name} {mine} (reference {other})" for name, mine, other in pairs)
+    return [f"versions differ: {changed}"] if changed else []
 
 
 def _refuse_other_version(env: str, known: list[str]) -> None:
-    others = store.other_versions(env, iter(known))
+    others = store.other_versions(env, known)
     if others and env not in known:
-        raise ValueError(f"the runs are on {env}, the reference is on {', '.join(others)}: different tasks, train with --env {others[0]}")
+        names = ", ".join(others)
+        raise ValueError(
+            f"the runs are on {env}, the reference is on {names}, a different task: train with --env {names}"
+        )
 
 
-def _notes(ours: Sequence[Run]) -> list[str]:
-    """What a reader has to know about runs of ours: other semantics than the reference's, settings that differ."""
+def _notes(ours: Sequence[Run], theirs: Sequence[Run]) -> list[str]:
+    """What a reader has to know about the inputs."""
     notes = []
+    same = [run.seed for run in ours if any(_equal(run, other) for other in theirs)]
+    if same:
+        notes.append(f"no independent evidence: our seeds {same} are the reference's own runs, episode by episode")
     if any(run.config.get("semantics") == "correct" for run in ours):
-        notes.append("ours ran with --semantics correct, the reference treats truncation as CleanRL does")
+        notes.append("ours ran with --semantics correct, while the reference takes truncation for termination")
     settings: dict[str, set[str]] = defaultdict(set)
     for run in ours:
         for name, value in run.config.get("args", {}).items():
             settings[name].add(repr(value))
     differing = sorted(name for name, values in settings.items() if len(values) > 1 and name != "seed")
-    return [*notes, f"our runs differ among themselves in {', '.join(differing)}"] if differing else notes
+    if differing:
+        notes.append(f"our runs differ among themselves in {', '.join(differing)}")
+    return notes
+
+
+def _equal(run: Run, other: Run) -> bool:
+    return np.array_equal(run.steps, other.steps) and np.array_equal(run.returns, other.returns)
 
 
 def _published(script: str, env: str, scores: Floats, budget: int) -> list[str]:
     """Our final score beside CleanRL's documented one, in its convention: mean and ddof-0 deviation over seeds."""
-    return [
-        f"published, informs only: {script} {float(row['mean']):.1f} ± {float(row['std'] or 'nan'):.1f} ({row['seeds']} "
-        f"seeds, {row['total_timesteps'] or '?'} steps, {row['metric']}); ours {scores.mean():.1f} ± {scores.std():.1f} "
-        f"({len(scores)} seeds, {budget} steps), difference {scores.mean() - float(row['mean']):+.1f} "
-        f"[{row['source']}@{row['commit'][:8]}]"
-        for row in store.published(script, env)
-    ]
+    notes = []
+    for row in store.published(script, env):
+        mean, deviation = float(row["mean"]), float(row["std"] or "nan")
+        kind = "last 100 episodes" if "last100" in row["metric"] else "final return as documented"
+        steps, source = row["total_timesteps"] or "unknown", f"{row['source']} at {row['commit'][:8]}"
+        notes.append(
+            f"published, informs only: {mean:.1f} ± {deviation:.1f} ({kind}, {row['seeds']} seeds, {steps} steps, {source}); "
+            f"ours {scores.mean():.1f} ± {scores.std():.1f} ({len(scores)} seeds, {budget} steps), a difference of "
+            f"{scores.mean() - mean:+.1f}"
+        )
+    return notes
 
 
 def _read_curve(path: Path, script: str, env: str) -> Floats | None:
@@ -383,7 +366,7 @@ def _read_curve(path: Path, script: str, env: str) -> Floats | None:
 def _curve_findings(ours: Floats, curve: Floats, budget: int) -> list[str]:
     """End point, and the steps at which a quarter, half and three quarters of the reference's climb are reached."""
     ours, last = statistics.iqm(ours, axis=0), curve[-1]
-    at = statistics.on_grid(np.arange(budget), np.arange(budget, dtype=np.float64), budget, len(ours))
+    at = (np.arange(len(ours)) + 0.5) * budget / len(ours)
     found = [f"curve's end: {last[1]:.1f} at step {last[0]:,.0f}; ours there {np.interp(last[0], at, ours):.1f} (IQM)"]
     start = curve[0, 1]
     for share in (0.25, 0.5, 0.75):
@@ -397,46 +380,3 @@ def _curve_findings(ours: Floats, curve: Floats, budget: int) -> list[str]:
 def _crossing(steps: Floats, returns: Floats, start: float, level: float) -> float | None:
     beyond = np.flatnonzero((returns - level) * np.sign(level - start) >= 0)
     return float(steps[beyond[0]]) if len(beyond) else None
-
-
-@dataclass(frozen=True)
-class Args:
-    """Judge training runs against a reference; exit code 0 match or better, 1 worse, 2 underpowered or informative,
-    3 no reference, 4 input refused."""
-
-    runs: tyro.conf.Positional[tuple[Path, ...]] = ()
-    """Run folders of one or several environments, CleanRL's run folders, CSV files, or folders of these."""
-    reference: str = "cleanrl"
-    """The sets of the package ("cleanrl"), or a path to runs or to a CSV with a mean curve."""
-    margin: str | None = None
-    """Instead of the declared margin: a share of the reference such as 20%, or return units such as 25."""
-    report: Path | None = None
-    """Write a self-contained HTML report there, with a PNG of the curves beside it."""
-    list: bool = False
-    """Show what there is to compare with."""
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
-    console = Console(width=None if Console().is_terminal else 160, highlight=False)
-    try:
-        args = tyro.cli(Args, prog="python -m rl_lab.compare", args=argv)
-        if args.list:
-            list_references(console)
-            return 0
-        if not args.runs:
-            raise ValueError("no run given: python -m rl_lab.compare RUN... or --list")
-        results = compare(args.runs, args.reference, args.margin)
-        for result in results:
-            print_result(result, console)
-        if args.report:
-            from rl_lab.curves.report import write_report  # imports matplotlib, which takes a second
-
-            console.print(f"\nReport: {write_report(results, args.report)}")
-    except ValueError as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"compare: {error}", markup=False)
-        return BAD_INPUT
-    except SystemExit as stop:  # 2, argparse's code for a bad command line, means `underpowered` here
-        return BAD_INPUT if stop.code else 0
-    codes = {result.exit_code for result in results}
-    return next(code for code in SEVERITY if code in codes)

@@ -6,6 +6,7 @@ One drawing serves print and page: PNG on white, and SVG without background whos
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -16,8 +17,8 @@ from rl_lab.curves import statistics
 from rl_lab.curves.compare import Result
 
 INK = "#14171d"  # replaced by currentColor in SVG
-COLOURS = {"reference": "#e08214", "ours": "#2f7de1"}  # distinct for all common kinds of colour vision, on light and dark
-STYLE = {
+COLOURS = {"reference": "#e08214", "ours": "#2f7de1"}  # told apart by all, on light and dark
+STYLE: dict[Any, Any] = {
     "font.size": 9.0,
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,
@@ -72,14 +73,15 @@ def _curves(axes: Axes, result: Result) -> None:
         band = statistics.iqm_interval(curves.T, np.random.default_rng(0))
         axes.plot(steps, curves.T, color=colour, alpha=0.22, linewidth=0.6)
         if len(curves) > 1:
-            axes.fill_between(steps, band.low, band.high, color=colour, alpha=0.18, linewidth=0)
+            low, high = np.clip([band.low, band.high], curves.min(), curves.max())  # no return beyond those seen
+            axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
         axes.plot(steps, band.estimate, color=colour, linewidth=1.8, label=f"{side}, IQM of {len(curves)} seeds")
     if 1 < result.start < statistics.GRID:
         axes.axvspan(0, result.start * result.budget / statistics.GRID, color=INK, alpha=0.05, linewidth=0)
     axes.set_xlim(0, result.budget)
     axes.set_xlabel("environment steps")
     axes.set_ylabel("return")
-    axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g}M" if x >= 1e6 else f"{x / 1e3:g}k")
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g}M" if x >= 1e6 else f"{x / 1e3:g}k" if x else "0")
     axes.legend(frameon=False, loc="lower right")
 
 

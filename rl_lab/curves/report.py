@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 
 from rl_lab.curves import plot
-from rl_lab.curves.compare import Result, power_lines
+from rl_lab.curves.compare import Result, seeds_lines
 
 TONES = {"better": "good", "match": "good", "worse": "bad"}  # anything else decides nothing
 
@@ -24,9 +24,11 @@ h1 { font-size: 24px; margin: 0 0 4px; letter-spacing: -.01em; }
 h2 { font-size: 19px; margin: 0; letter-spacing: -.01em; }
 h3 { font-size: 12px; margin: 28px 0 8px; color: var(--soft); text-transform: uppercase; letter-spacing: .07em; }
 p { margin: 4px 0; } .soft { color: var(--soft); }
-article { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 24px 28px; margin: 24px 0; }
+article { background: var(--card); border: 1px solid var(--line); border-radius: 12px;
+  padding: 24px 28px; margin: 24px 0; }
 header { display: flex; justify-content: space-between; gap: 24px; align-items: flex-start; }
-.badge { border: 1.5px solid currentColor; border-radius: 99px; padding: 3px 14px; font-weight: 600; white-space: nowrap; }
+.badge { border: 1.5px solid currentColor; border-radius: 99px; padding: 3px 14px; font-weight: 600;
+  white-space: nowrap; }
 .good { color: var(--good); } .bad { color: var(--bad); } .open { color: var(--open); }
 svg { width: 100%; height: auto; margin: 16px 0 0; } svg text { font-family: system-ui, sans-serif !important; }
 .wide { overflow-x: auto; }
@@ -82,7 +84,7 @@ def _article(result: Result, figure: str) -> str:
             for test in result.tests
         ],
     )
-    findings = [*power_lines(result), *result.notes]
+    findings = [*seeds_lines(result), *result.notes]
     return f"""<article>
 <header><div><h2>{escape(result.algo)} on {escape(result.env)}</h2>
 <p class="soft">against {escape(result.reference)} · {result.budget:,} steps · {_counts(result)}</p></div>
@@ -117,7 +119,8 @@ def _versions(result: Result) -> str:
     if not ours and not theirs:
         return '<p class="soft">not recorded</p>'
     names = sorted(set(ours) | set(theirs))
-    return _table(["", "ours", "reference"], ([escape(n), escape(ours.get(n, "–")), escape(theirs.get(n, "–"))] for n in names))
+    rows = ([escape(name), *(escape(side.get(name, "–")) for side in (ours, theirs))] for name in names)
+    return _table(["", "ours", "reference"], rows)
 
 
 def _provenance(result: Result) -> str:

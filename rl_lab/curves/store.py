@@ -17,14 +17,14 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader  # type: ignore[import-untyped]
 
 REFERENCE = Path(__file__).parent / "reference"
 FINISHED = 0.98  # of the budget: the last episode of a run that was not stopped ends later than this
@@ -113,7 +113,7 @@ def published(script: str, env: str) -> list[dict[str, str]]:
         return [row for row in csv.DictReader(file) if (row["script"], row["env"]) == (script, env)]
 
 
-def other_versions(env: str, known: Iterator[str]) -> list[str]:
+def other_versions(env: str, known: Iterable[str]) -> list[str]:
     """The ids in `known` that are the same task in another version: HalfCheetah-v4 for HalfCheetah-v5."""
     task = env.rpartition("-v")[0]
     return sorted({other for other in known if other != env and other.rpartition("-v")[0] == task})
@@ -130,10 +130,13 @@ def _is_csv(path: Path) -> bool:
 def _load_folder(path: Path) -> Run:
     if not (path / "config.json").is_file():
         return _load_events(path)
-    config = json.loads((path / "config.json").read_text())
+    try:
+        config = json.loads((path / "config.json").read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path / 'config.json'}: {error}") from None
     missing = {"env", "algo", "seed", "total_timesteps"} - set(config)
-    if missing or not (path / "episodes.csv.gz").is_file():
-        raise ValueError(f"{path}: config.json lacks {sorted(missing)}" if missing else f"{path}: no episodes.csv.gz")
+    if missing:
+        raise ValueError(f"{path / 'config.json'} lacks {', '.join(sorted(missing))}")
     table = read_episodes(path / "episodes.csv.gz")
     return _run(path, config["env"], config["algo"], int(config["seed"]), table, config["total_timesteps"], config)
 
@@ -145,7 +148,7 @@ def _load_events(path: Path) -> Run:
     points: list[tuple[int, float]] = []
     budget: int | None = None
     for file in sorted(path.glob("events.out.tfevents*")):
-        for event in EventFileLoader(str(file)).Load():  # type: ignore[no-untyped-call]
+        for event in EventFileLoader(str(file)).Load():
             for value in event.summary.value:
                 if value.tag == "charts/episodic_return":
                     points.append((event.step, value.tensor.float_val[0]))
@@ -153,9 +156,8 @@ def _load_events(path: Path) -> Run:
                     asked = re.search(rb"\|total_timesteps\|(\d+)\|", value.tensor.string_val[0])
                     budget = int(asked[1]) if asked else None
     steps, returns = np.array(points, dtype=np.float64).reshape(-1, 2).T
-    return _run(
-        path, name[1], name[2], int(name[3]), {"global_step": steps, "episodic_return": returns}, budget
-    )
+    table = {"global_step": steps, "episodic_return": returns}
+    return _run(path, name[1], name[2], int(name[3]), table, budget)
 
 
 def _load_csv(path: Path) -> list[Run]:

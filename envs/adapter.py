@@ -12,6 +12,7 @@ import torch
 from gymnasium.spaces import Box, Discrete, MultiDiscrete
 from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from numpy.random import SeedSequence
 from torch import Tensor
 
 from rl_lab.vector import Step, VectorEnv
@@ -85,11 +86,9 @@ class GymnasiumEnv(VectorEnv):
             )
         if not isinstance(actions, Discrete | MultiDiscrete | Box) or np.any(getattr(actions, "start", 0)):
             raise ValueError(f"action space {actions} is refused: use Discrete or MultiDiscrete from 0, or Box")
-        self.row_seeds: Any = [
-            int(np.random.SeedSequence((seed, i)).generate_state(1, np.uint64)[0]) if i else seed
-            for seed in self.seeds
-            for i in range(num_envs)
-        ]
+        pairs = [(seed, i) for seed in self.seeds for i in range(num_envs)]
+        self.row_seeds: Any = [int(SeedSequence(p).generate_state(1, np.uint64)[0]) if p[1] else p[0] for p in pairs]
+        self.mask: np.ndarray | None = None
 
     def _tensor(self, array: Any) -> Tensor:
         return torch.tensor(array, device=self.device)  # a copy: the vector environment may reuse its buffers
@@ -135,6 +134,7 @@ class GymnasiumEnv(VectorEnv):
         return {"episodes": episodes, "obs": self.obs, "done": self.done, **totals}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        # Exact where all randomness comes from np_random; the observation shows most exceptions, not all (an emulator's).
         masks: list[Any] = []
         for row, env in enumerate(self.recorded):
             episode = state["episodes"][str(row)]

@@ -17,6 +17,8 @@ from rl_lab.envs import make
 from rl_lab.envs.adapter import GymnasiumEnv
 from rl_lab.vector import Step, TensorEnv, VectorEnv
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*out of date.*:DeprecationWarning")  # Gymnasium on -v4 ids
+
 MakeEnv = Callable[[Sequence[int], int], VectorEnv]
 LIMIT = 3  # time limit of the counting environment
 

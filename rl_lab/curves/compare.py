@@ -342,9 +342,9 @@ def _published(script: str, env: str, scores: Floats, budget: int) -> list[str]:
         kind = "last 100 episodes" if "last100" in row["metric"] else "final return as documented"
         steps, source = row["total_timesteps"] or "unknown", f"{row['source']} at {row['commit'][:8]}"
         notes.append(
-            f"published, informs only: {mean:.1f} ± {deviation:.1f} ({kind}, {row['seeds']} seeds, {steps} steps, {source}); "
-            f"ours {scores.mean():.1f} ± {scores.std():.1f} ({len(scores)} seeds, {budget} steps), a difference of "
-            f"{scores.mean() - mean:+.1f}"
+            f"published, informs only: {mean:.1f} ± {deviation:.1f} ({kind}, {row['seeds']} seeds, {steps} steps, "
+            f"{source}); ours {scores.mean():.1f} ± {scores.std():.1f} ({len(scores)} seeds, {budget} steps), "
+            f"difference {scores.mean() - mean:+.1f}"
         )
     return notes
 

@@ -115,16 +115,17 @@ def widening(runs: int) -> float:
 
 
 def _deviations(scores: Floats, generator: np.random.Generator) -> Floats:
-    """(B, ...) bootstrap deviations of the IQM of (..., R) scores, stretched for few runs."""
-    if scores.shape[-1] < 2:  # no spread is seen: unbounded, half on either side
-        signs = np.resize([-math.inf, math.inf], REPETITIONS)
-        return np.broadcast_to(signs.reshape(-1, *[1] * (scores.ndim - 1)), (REPETITIONS, *scores.shape[:-1]))
-    return widening(scores.shape[-1]) * (iqm(resample(scores, generator)) - iqm(scores))
+    """(B, ...) bootstrap deviations of the IQM of (..., R) scores, stretched for few runs; not a number for one run."""
+    with np.errstate(invalid="ignore"):  # infinity times no spread
+        return widening(scores.shape[-1]) * (iqm(resample(scores, generator)) - iqm(scores))
 
 
 def _interval(estimate: Floats, deviations: Floats) -> Interval:
-    low, high = np.quantile(deviations, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0, method="nearest")
-    return Interval(estimate, estimate + low, estimate + high)
+    low, high = np.quantile(deviations, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+    unbounded = np.isnan(low)
+    return Interval(
+        estimate, np.where(unbounded, -math.inf, estimate + low), np.where(unbounded, math.inf, estimate + high)
+    )
 
 
 def iqm_interval(scores: Floats, generator: np.random.Generator) -> Interval:
@@ -134,8 +135,7 @@ def iqm_interval(scores: Floats, generator: np.random.Generator) -> Interval:
 
 def difference_interval(ours: Floats, reference: Floats, generator: np.random.Generator) -> Interval:
     """IQM of ours (..., R) less IQM of the reference (..., R'), 90 % interval; the two sides are the strata."""
-    with np.errstate(invalid="ignore"):  # a single run on both sides: inf - inf
-        deviations = np.nan_to_num(_deviations(ours, generator) - _deviations(reference, generator), nan=math.inf)
+    deviations = _deviations(ours, generator) - _deviations(reference, generator)
     return _interval(iqm(ours) - iqm(reference), deviations)
 
 

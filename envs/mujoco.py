@@ -23,7 +23,7 @@ class MujocoEnv(VectorEnv):
     """One of `TASKS`: a shared model, one `MjData` per row, so that each keeps its solver's warm start.
 
     Equal to Gymnasium's environment bit for bit, observations and rewards in float64. A simulation that becomes
-    unstable is reset by MuJoCo itself, which warns in MUJOCO_LOG.TXT, as under Gymnasium.
+    unstable is reset by MuJoCo itself, which warns (on stderr and in MUJOCO_LOG.TXT), as under Gymnasium.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ class MujocoEnv(VectorEnv):
         }
         generators = {str(seed): g.bit_generator.state for seed, g in zip(self.seeds, self.generators, strict=True)}
         tensors = {name: torch.tensor(array) for name, array in arrays.items()}
-        return {"arrays": tensors, "clock": self._clock, "deadline": self._deadline, "generators": generators}
+        return {"arrays": tensors, "clock": self._clock, "generators": generators}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         arrays = {name: tensor.numpy().copy() for name, tensor in state["arrays"].items()}
@@ -169,7 +169,7 @@ class MujocoEnv(VectorEnv):
             mujoco.mj_setState(self.task.model, data, row, STATE)
         self._flat[:] = arrays["fields"]
         self._ended, self._starts, self._returns = arrays["ended"], arrays["starts"], arrays["returns"]
-        self._clock, self._deadline = state["clock"], state["deadline"]
+        self._clock, self._deadline = state["clock"], int(self._starts.min()) + self.task.max_episode_steps
         for seed, generator in zip(self.seeds, self.generators, strict=True):
             generator.bit_generator.state = state["generators"][str(seed)]
 

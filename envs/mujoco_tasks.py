@@ -62,6 +62,7 @@ class Task:
         return None
 
     def finite(self, s: Arrays) -> Array:
+        """Whether all positions and velocities are finite, (B,) bool."""
         return self.xp.isfinite(s["qpos"]).all(1) & self.xp.isfinite(s["qvel"]).all(1)
 
     def alive(self, terminated: Array, bonus: float) -> Array:
@@ -69,9 +70,12 @@ class Task:
         return (~terminated | (self.version == 4)) * bonus
 
 
-class HalfCheetah(Task):
-    xml, frame_skip, noise, normal_velocity = "half_cheetah.xml", 5, 0.1, True
-    hidden, control_cost, bonus = 1, 0.1, 0.0  # hidden: leading positions, which are not observed
+class Locomotion(Task):
+    """A task that pays forward velocity and, in some, a bonus for being alive, less costs."""
+
+    hidden = 2  # leading positions (x, or x and y) that are not observed
+    control_cost: float
+    bonus = 0.0
 
     def observe(self, s: Arrays) -> Array:
         return self.xp.concatenate((s["qpos"][:, self.hidden :], s["qvel"]), 1)
@@ -91,14 +95,17 @@ class HalfCheetah(Task):
         return income - self.costs(after, actions)
 
 
-class Swimmer(HalfCheetah):
-    xml, frame_skip, normal_velocity = "swimmer.xml", 4, False
-    hidden, control_cost = 2, 1e-4
+class HalfCheetah(Locomotion):
+    xml, frame_skip, noise, normal_velocity = "half_cheetah.xml", 5, 0.1, True
+    hidden, control_cost = 1, 0.1
 
 
-class Hopper(HalfCheetah):
-    xml, frame_skip, noise, normal_velocity = "hopper.xml", 4, 5e-3, False
-    control_cost, bonus = 1e-3, 1.0
+class Swimmer(Locomotion):
+    xml, frame_skip, noise, control_cost = "swimmer.xml", 4, 0.1, 1e-4
+
+
+class Hopper(Locomotion):
+    xml, frame_skip, noise, control_cost, bonus = "hopper.xml", 4, 5e-3, 1e-3, 1.0
 
     def observe(self, s: Arrays) -> Array:
         return self.xp.concatenate((s["qpos"][:, 1:], s["qvel"].clip(-10, 10)), 1)
@@ -122,14 +129,16 @@ class Walker2d(Hopper):
         return ~((z > 0.8) & (z < 2.0) & (abs(angle) < 1.0))
 
 
-class Ant(HalfCheetah):
-    xml, hidden, control_cost, bonus = "ant.xml", 2, 0.5, 1.0
+class Ant(Locomotion):
+    xml, frame_skip, noise, normal_velocity = "ant.xml", 5, 0.1, True
+    control_cost, bonus = 0.5, 1.0
 
     def __init__(self, version: int, xp: Any = np) -> None:
         super().__init__(version, xp)
         self.fields = ("qpos", "qvel", "xpos") if version == 4 else ("qpos", "qvel", "xpos", "cfrc_ext")
 
     def contact(self, s: Arrays) -> Array:
+        """Clipped contact forces of all bodies, (B, 6 * nbody)."""
         return s["cfrc_ext"].clip(-1, 1).reshape(len(s["qpos"]), -1)
 
     def observe(self, s: Arrays) -> Array:
@@ -148,9 +157,13 @@ class Ant(HalfCheetah):
         return ~(self.finite(s) & (z >= 0.2) & (z <= 1.0))
 
 
-class Humanoid(HalfCheetah):
-    xml, noise, normal_velocity, control_cost, bonus = "humanoid.xml", 1e-2, False, 0.1, 5.0
+class Humanoid(Locomotion):
+    xml, frame_skip, noise, control_cost, bonus = "humanoid.xml", 5, 1e-2, 0.1, 5.0
     fields = ("qpos", "qvel", "cinert", "cvel", "qfrc_actuator", "cfrc_ext", "xipos", "ctrl")
+
+    def __init__(self, version: int, xp: Any = np) -> None:
+        super().__init__(version, xp)
+        self.mass = xp.asarray(self.model.body_mass)
 
     def observe(self, s: Arrays) -> Array:
         body, dof = (0, 0) if self.version == 4 else (1, 6)  # -v5 leaves out the world and the free joint
@@ -159,9 +172,11 @@ class Humanoid(HalfCheetah):
         return self.xp.concatenate((s["qpos"][:, 2:], s["qvel"], *parts), 1)
 
     def velocity(self, before: Arrays, after: Arrays) -> Array:
-        mass = self.xp.asarray(self.model.body_mass)
-        x0, x1 = (self.xp.einsum("b,kbj->kj", mass, s["xipos"])[:, 0] / mass.sum() for s in (before, after))
-        return 1.25 * ((x1 - x0) / self.dt)
+        return 1.25 * ((self.centre(after) - self.centre(before)) / self.dt)
+
+    def centre(self, s: Arrays) -> Array:
+        """Centre of mass, x, (B,)."""
+        return self.xp.einsum("b,kbj->kj", self.mass, s["xipos"])[:, 0] / self.mass.sum()
 
     def costs(self, s: Arrays, actions: Array) -> Array:
         control = self.control_cost * (s["ctrl"] ** 2).sum(1)  # in float64, unlike the other tasks
@@ -188,7 +203,7 @@ class Reacher(Task):
         return qpos, qvel
 
     def offset(self, s: Arrays) -> Array:
-        """From target to fingertip, (B, 3)."""
+        """From the target (body 4) to the fingertip (body 3), (B, 3)."""
         return s["xpos"][:, 3] - s["xpos"][:, 4]
 
     def observe(self, s: Arrays) -> Array:
@@ -235,6 +250,8 @@ def squared(x: Array) -> Array:
     return np.array([v**2 for v in x.tolist()]) if isinstance(x, np.ndarray) else x * x
 
 
-RUNNERS = (HalfCheetah, Hopper, Walker2d, Ant, Humanoid, Swimmer)
-FAMILIES = (*RUNNERS, Reacher, InvertedPendulum, InvertedDoublePendulum)
-TASKS: dict[str, Callable[..., Task]] = {f"{t.__name__}-v{v}": partial(t, v) for t in FAMILIES for v in (4, 5)}
+LOCOMOTION = (HalfCheetah, Hopper, Walker2d, Ant, Humanoid, Swimmer)
+CONTROL = (Reacher, InvertedPendulum, InvertedDoublePendulum)
+TASKS: dict[str, Callable[..., Task]] = {  # Gymnasium's id -> constructor, which takes `xp`
+    f"{task.__name__}-v{version}": partial(task, version) for task in LOCOMOTION + CONTROL for version in (4, 5)
+}

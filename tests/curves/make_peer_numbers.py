@@ -1,6 +1,8 @@
 """Writes peer_numbers.json: what rliable and scipy say about fixed scores. Run in an environment with these peers:
 
-python -m venv peers && peers/bin/pip install rliable==1.2.0 "arch<8" "pandas<3" && peers/bin/python tests/curves/make_peer_numbers.py
+python -m venv peers
+peers/bin/pip install rliable==1.2.0 "arch<8" "pandas<3"
+peers/bin/python tests/curves/make_peer_numbers.py
 """
 
 from __future__ import annotations

@@ -1,0 +1,329 @@
+"""Runs in, verdicts out: the readers, the refusals, the exit codes, the report."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from torch.utils.tensorboard import SummaryWriter
+
+from rl_lab.compare import main
+from rl_lab.curves import build, store
+from rl_lab.curves.compare import Reference, find_reference, in_units, judge
+
+BUDGET = 100_000
+EPISODE = 200  # steps; 500 episodes a run
+
+
+def episodes(level: float, seed: int, start: float = 20.0) -> tuple[np.ndarray, np.ndarray]:
+    """A run that climbs from `start` to `level` within the first quarter; level and moment scatter a little."""
+    generator = np.random.default_rng(seed)
+    steps = np.arange(EPISODE, BUDGET + 1, EPISODE)
+    climb = np.clip(steps / (BUDGET / 4 * generator.uniform(0.95, 1.05)), 0, 1)
+    noise = generator.normal(0, 3, len(steps))
+    return steps, start + (level + generator.normal(0, 3) - start) * climb + noise
+
+
+def rows(steps: Sequence[float], returns: Sequence[float]) -> list[str]:
+    return [f"{int(t)},{r:.6f},{EPISODE}" for t, r in zip(steps, returns, strict=True)]
+
+
+def csv_bytes(steps: Sequence[float], returns: Sequence[float]) -> bytes:
+    return "\n".join(["global_step,episodic_return,episodic_length", *rows(steps, returns), ""]).encode()
+
+
+def run_folder(root: Path, seed: int, level: float = 480, env: str = "CartPole-v1", **config: Any) -> Path:
+    """A run folder as the lab writes it."""
+    path = root / f"{env}__ppo__{seed}__1700000000"
+    path.mkdir(parents=True)
+    known = {
+        "env": env,
+        "algo": "ppo",
+        "seed": seed,
+        "total_timesteps": BUDGET,
+        "action_space": "Discrete",
+        "semantics": "cleanrl",
+        "versions": {"numpy": "2.4.6"},
+        "args": {"learning_rate": 2.5e-4, "seed": seed},
+    }
+    (path / "config.json").write_text(json.dumps(known | config))
+    (path / "episodes.csv.gz").write_bytes(gzip.compress(csv_bytes(*episodes(level, seed))))
+    return path
+
+
+def runs(root: Path, level: float, seeds: int = 10, **config: Any) -> list[str]:
+    return [str(run_folder(root, seed, level, **config)) for seed in range(1, seeds + 1)]
+
+
+@pytest.fixture
+def reference(tmp_path: Path) -> str:
+    """Ten seeds of CSV logs near 480, seeds 101 to 110."""
+    folder = tmp_path / "reference"
+    folder.mkdir()
+    for seed in range(101, 111):
+        (folder / f"ppo__CartPole-v1__{seed}.csv.gz").write_bytes(gzip.compress(csv_bytes(*episodes(480, seed))))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("level", "seeds", "code", "verdict"),
+    [
+        (480, 10, 0, "match"),
+        (600, 10, 0, "better"),
+        (380, 10, 1, "worse"),
+        (480, 1, 2, "underpowered"),
+    ],
+)
+def test_verdicts_and_exit_codes(
+    tmp_path: Path,
+    reference: str,
+    capsys: pytest.CaptureFixture[str],
+    level: float,
+    seeds: int,
+    code: int,
+    verdict: str,
+) -> None:
+    folders = runs(tmp_path, level, seeds)
+    assert main([*folders, "--reference", reference]) == code
+    assert f"Verdict: {verdict}" in capsys.readouterr().out
+    for folder in folders:
+        record = json.loads((Path(folder) / "verdict.json").read_text())
+        assert (record["verdict"], record["exit_code"]) == (verdict, code)
+        assert len(record["scores"]["ours"]) == seeds and len(record["scores"]["reference"]) == 10
+
+
+def test_a_slower_climb_to_the_same_score_is_worse(tmp_path: Path, reference: str) -> None:
+    ours = []
+    for run in store.load(Path(reference)):
+        late = np.concatenate([np.full(100, 20.0), run.returns[:-100]])  # a fifth of the budget later
+        ours.append(store.Run(Path("late"), run.env, "ppo", run.seed, run.steps, late, BUDGET))
+    result = judge(ours, find_reference(reference, "ppo", "CartPole-v1"))
+    assert [test.verdict for test in result.tests] == ["match", "worse"]
+    assert result.verdict == "worse"
+    # A fifth of the budget at 20 rather than 480; the few steps before the reference leaves 20 do not count.
+    assert result.tests[1].difference == pytest.approx(-0.2 * 460, rel=0.05)
+
+
+def test_underpowered_names_the_seeds(tmp_path: Path, reference: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*runs(tmp_path, 480, 3), "--reference", reference, "--margin", "4"]) == 2
+    output = capsys.readouterr().out
+    assert "seeds on either side would decide" in output
+    assert "±4.0" in output
+
+
+def test_no_reference_and_published_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*runs(tmp_path / "a", -100, 2, env="NoSuchTask-v0")]) == 3
+    assert main([*runs(tmp_path / "b", -190, 2, env="MountainCar-v0")]) == 2  # CleanRL documents -200 ± 0
+    output = capsys.readouterr().out
+    assert "published, informs only: -200.0 ± 0.0" in output and "Verdict: informative" in output
+
+
+def test_the_severest_of_several_comparisons_is_the_exit_code(tmp_path: Path, reference: str) -> None:
+    good, unknown = runs(tmp_path / "a", 480), runs(tmp_path / "b", 480, 2, env="NoSuchTask-v0")
+    assert main([*good, *unknown, "--reference", reference]) == 3
+    for seed in range(101, 106):
+        log = gzip.compress(csv_bytes(*episodes(700, seed)))
+        (Path(reference) / f"ppo__Acrobot-v1__{seed}.csv.gz").write_bytes(log)
+    bad = runs(tmp_path / "c", 480, 10, env="Acrobot-v1")
+    assert main([*good, *unknown, *bad, "--reference", reference]) == 1
+
+
+def test_a_mean_curve_informs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = ["algo,env_id,global_step,episodic_return", "dqn,CartPole-v1,0,0"]
+    lines += [f"ppo,CartPole-v1,{step},{20 + 460 * step / BUDGET}" for step in range(0, BUDGET + 1, 10_000)]
+    curve = tmp_path / "curve.csv"
+    curve.write_text("\n".join(lines))
+    assert main([*runs(tmp_path, 480, 4), "--reference", str(curve)]) == 2
+    output = capsys.readouterr().out
+    assert "curve's end: 480.0 at step 100,000" in output
+    # The line is half way up after 50,000 steps; ours climb within a quarter, so after about 12,500.
+    assert "50% of the curve's climb, return 250.0: reference at step 50,000, ours at step 12,500" in output
+    assert main([*runs(tmp_path / "v5", 480, 1, env="CartPole-v5"), "--reference", str(curve)]) == 4
+
+
+def test_a_reference_that_never_learns_is_uninformative(tmp_path: Path) -> None:
+    steps = np.arange(EPISODE, BUDGET + 1, EPISODE)
+    flat = np.full(len(steps), -200.0)
+    sides = [
+        [store.Run(Path("run"), "MountainCar-v0", "ppo", seed, steps, flat, BUDGET) for seed in seeds]
+        for seeds in (range(5), range(5, 10))
+    ]
+    result = judge(sides[0], Reference("flat", sides[1]))
+    assert result.verdict == "informative" and result.exit_code == 2
+    assert any(note.startswith("uninformative: the reference never leaves") for note in result.notes)
+
+
+@pytest.mark.parametrize(
+    ("ours", "message"),
+    [
+        ({"env": "CartPole-v0"}, "different task: train with --env CartPole-v1"),
+        ({"total_timesteps": 200_000}, r"ends at step 100000 of 200000: finish it with --resume"),
+    ],
+)
+def test_refusals(
+    tmp_path: Path, reference: str, capsys: pytest.CaptureFixture[str], ours: dict[str, Any], message: str
+) -> None:
+    assert main([*runs(tmp_path, 480, 2, **ours), "--reference", reference]) == 4
+    assert message in capsys.readouterr().err
+
+
+def test_refuses_another_version_than_the_packages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run_folder(tmp_path, 1, env="HalfCheetah-v5", action_space="Box")
+    assert main([str(folder)]) == 4
+    assert "the reference is on HalfCheetah-v4, a different task" in capsys.readouterr().err
+
+
+def test_refuses_what_is_no_sample(tmp_path: Path, reference: str, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = run_folder(tmp_path / "a", 1), run_folder(tmp_path / "b", 1)
+    assert main([str(first), str(second), "--reference", reference]) == 4
+    assert "seed 1 occurs 2 times" in capsys.readouterr().err
+    other = run_folder(tmp_path / "c", 2, total_timesteps=BUDGET + 1)
+    assert main([str(first), str(other), "--reference", reference]) == 4
+    assert "the budgets differ, [100000, 100001] steps" in capsys.readouterr().err
+    for bad in (["--margin", "wide"], ["--margin", "-5"], ["--no-such-flag"]):
+        assert main([str(first), "--reference", reference, *bad]) == 4
+    assert main([]) == 4
+    assert main([str(tmp_path / "absent")]) == 4
+    assert main([str(run_folder(tmp_path, 3, env="Chess-v0")), "--reference", reference]) == 3
+
+
+def test_an_undeclared_margin_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "reference"
+    folder.mkdir()
+    for seed in (7, 8, 9):
+        (folder / f"ppo__Chess-v0__{seed}.csv").write_bytes(csv_bytes(*episodes(480, seed)))
+    ours = runs(tmp_path, 480, 3, env="Chess-v0")
+    assert main([*ours, "--reference", str(folder)]) == 4
+    assert "no margin is declared for Chess-v0: give --margin" in capsys.readouterr().err
+    assert main([*ours, "--reference", str(folder), "--margin", "20%"]) == 0
+
+
+def test_margins_in_units() -> None:
+    scores = np.array([-100.0, -80, -120, -90, -110])  # IQM -100
+    assert in_units("20%", scores) == pytest.approx(20)
+    assert in_units(25.0, scores) == in_units("25", scores) == 25
+
+
+def test_notes_tell_what_a_reader_must_know(tmp_path: Path, reference: str, capsys: pytest.CaptureFixture[str]) -> None:
+    ours = runs(tmp_path, 480, 3, semantics="correct")
+    run_folder(tmp_path, 101, semantics="correct", args={"learning_rate": 1e-3})
+    assert main([*ours, str(tmp_path / "CartPole-v1__ppo__101__1700000000"), "--reference", reference]) in (0, 2)
+    output = " ".join(capsys.readouterr().out.split())
+    assert "our seeds [101] are the reference's own runs" in output
+    assert "ours ran with --semantics correct" in output
+    assert "our runs differ among themselves in learning_rate" in output
+
+
+def test_differing_versions_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    theirs = runs(tmp_path / "reference", 480, 5, versions={"numpy": "1.26.4", "torch": "2.13.0"})
+    assert len(theirs) == 5
+    ours = [str(run_folder(tmp_path, seed)) for seed in range(11, 16)]
+    assert main([*ours, "--reference", str(tmp_path / "reference")]) == 0
+    assert "versions differ: numpy 2.4.6 (reference 1.26.4)\n" in capsys.readouterr().out
+
+
+def test_reads_gzip_members_and_what_is_whole_of_a_broken_one(tmp_path: Path) -> None:
+    path = tmp_path / "ppo__CartPole-v1__1.csv.gz"
+    first = gzip.compress(b"global_step,episodic_return,episodic_length\n10,1.5,10\n")
+    second = gzip.compress(b"20,2.5,10\n30,3.5,10\n")
+    path.write_bytes(first + second)
+    assert store.read_episodes(path)["episodic_return"].tolist() == [1.5, 2.5, 3.5]
+    third = gzip.compress("".join(f"{40 + i},{i * 0.37:.5f},10\n" for i in range(2000)).encode())
+    path.write_bytes(first + second + third[: len(third) // 2])
+    table = store.read_episodes(path)
+    kept = len(table["global_step"]) - 3
+    assert 100 < kept < 2000
+    assert table["global_step"].tolist() == [10, 20, 30, *range(40, 40 + kept)]
+    assert table["episodic_return"][-1] == pytest.approx((kept - 1) * 0.37, abs=1e-5)  # no row cut in two
+    path.write_bytes(first + b"\x1f\x8bnonsense")
+    with pytest.raises(ValueError, match="ppo__CartPole-v1__1"):
+        store.read_episodes(path)
+    path.write_bytes(gzip.compress(b"step,reward\n1,2\n"))
+    with pytest.raises(ValueError, match="needed are global_step and episodic_return"):
+        store.load(path)
+
+
+def test_reads_cleanrls_event_folders(tmp_path: Path) -> None:
+    path = tmp_path / "HalfCheetah-v4__ppo_continuous_action__3__1700000000"
+    writer = SummaryWriter(str(path))
+    writer.add_text("hyperparameters", "|param|value|\n|-|-|\n|total_timesteps|100000|\n|seed|3|")
+    for step, value in ((1000, -5.25), (2000, 7.5)):
+        writer.add_scalar("charts/episodic_return", value, step)
+        writer.add_scalar("charts/SPS", 1e3, step)
+    writer.close()
+    (run,) = store.load(tmp_path)
+    assert (run.env, run.algo, run.seed, run.total_timesteps) == ("HalfCheetah-v4", "ppo_continuous_action", 3, BUDGET)
+    assert run.steps.tolist() == [1000, 2000] and run.returns.tolist() == [-5.25, 7.5]
+
+
+def test_maps_our_algorithms_to_scripts(tmp_path: Path) -> None:
+    for space, script in (("Discrete", "ppo"), ("Box", "ppo_continuous_action")):
+        (run,) = store.load(run_folder(tmp_path / space, 1, action_space=space))
+        assert run.script == script
+
+
+def test_builds_reference_sets_from_what_it_finds(tmp_path: Path) -> None:
+    logs, target = tmp_path / "logs", tmp_path / "set"
+    logs.mkdir(), target.mkdir()
+    listing = ["file,script,env_id,seed,total_timesteps"]
+    for seed in (2, 1):
+        name = f"dqn__CartPole-v1__{seed}.csv.gz"
+        (logs / name).write_bytes(gzip.compress(csv_bytes(*episodes(400, seed))))
+        listing.append(f"{name},dqn.py,CartPole-v1,{seed},{BUDGET}")
+    (logs / "runs.csv").write_text("\n".join(listing))
+    (path,) = build.build(logs, target)
+    content = path.read_bytes()
+    assert build.build(logs, target)[0].read_bytes() == content
+    first, second = store.load(target)
+    assert (first.seed, second.seed, first.total_timesteps) == (1, 2, BUDGET)
+    np.testing.assert_allclose(second.returns, episodes(400, 2)[1], atol=1e-5)
+    note = store.provenance(path)
+    assert note["seeds"] == [1, 2] and note["licence"] == "MIT" and note["command"].startswith("python cleanrl/dqn.py")
+
+
+def test_the_packages_sets_are_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    sets = sorted(store.REFERENCE.glob("*__*.csv.gz"))
+    assert {"ppo__CartPole-v1.csv.gz", "ppo_continuous_action__HalfCheetah-v4.csv.gz"} <= {path.name for path in sets}
+    for path in sets:
+        note, loaded = store.provenance(path), store.load(path)
+        assert [run.seed for run in loaded] == note["seeds"]
+        for key in ("repository", "commit", "command", "env", "versions", "licence", "total_timesteps"):
+            assert note[key]
+    assert main(["--list"]) == 0
+    output = capsys.readouterr().out
+    assert "HalfCheetah-v4" in output and "2287.95 ± 571.78" in output  # Walker2d-v4, as documented
+
+
+def test_carried_sets_hold_the_measured_scores(shared: Path) -> None:
+    listing = (shared / "references/cleanrl_runs/runs.csv").read_text().splitlines()
+    expected = {}
+    for line in listing[1:]:
+        _, script, env, seed, _, count, score, *_ = line.split(",")
+        expected[script.removesuffix(".py"), env, int(seed)] = (int(count), float(score))
+    carried = [run for path in store.REFERENCE.glob("*__*.csv.gz") for run in store.load(path)]
+    compared = 0
+    for run in carried:
+        if (run.algo, run.env, run.seed) in expected:
+            count, score = expected[run.algo, run.env, run.seed]
+            assert len(run.returns) == count
+            assert run.returns[-100:].mean() == pytest.approx(score, abs=0.01)
+            compared += 1
+    assert compared >= 24
+
+
+def test_report_is_one_file_with_all_it_tells(tmp_path: Path, reference: str) -> None:
+    report = tmp_path / "out" / "report.html"
+    ours = runs(tmp_path, 480, 5, versions={"numpy": "<2.4>"})
+    assert main([*ours, "--reference", reference, "--report", str(report)]) == 0
+    page = report.read_text()
+    assert page.count("<svg") == 1 and "currentColor" in page
+    assert "475 counts as solved" in page  # the margin's reason
+    assert "&lt;2.4&gt;" in page and "<2.4>" not in page
+    assert not re.search(r'(src|href)="(http|/)', page)  # nothing is loaded from elsewhere
+    assert (tmp_path / "out" / "report-CartPole-v1-ppo.png").read_bytes().startswith(b"\x89PNG")

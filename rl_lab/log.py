@@ -25,16 +25,18 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.console import Group
+from rich.console import Console
 from rich.live import Live
 from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 from tensorboard.compat.proto.event_pb2 import Event  # type: ignore[import-untyped]
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c  # type: ignore[import-untyped]
 
 from rl_lab import __version__
 from rl_lab.checkpoint import replace_file
 
-_gzip_member = functools.partial(gzip.compress, mtime=0)  # no time stamp, so that equal rows give equal bytes
+_gzip_member = functools.partial(gzip.compress, compresslevel=1, mtime=0)  # no time stamp: equal rows, equal bytes
 
 
 def run_name(env_id: str, algo: str, seed: int, when: int) -> str:
@@ -99,7 +101,7 @@ class RunLog:
             folders = [run.parent / name for name in json.loads((run / "config.json").read_text())["group"]]
             return cls(folders, json.loads((folders[0] / "config.json").read_text()))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{run} is no complete run folder of rl_lab: {error!r}") from None
+            raise ValueError(f"{run} is no complete run folder of rl_lab: {type(error).__name__}: {error}") from None
 
     def scalars(self, index: int, step: int, values: dict[str, float]) -> None:
         """One event with all tags, in the order of `values`; `step` in env steps of that seed."""
@@ -156,7 +158,7 @@ class RunLog:
 
 
 class Progress:
-    """How a run goes: two live lines on a terminal, elsewhere a plain line every ten seconds.
+    """How a run goes: a few live lines on a terminal, elsewhere a plain line every ten seconds.
 
     Args:
         total_steps: env steps of one seed.
@@ -166,7 +168,7 @@ class Progress:
 
     def __init__(self, total_steps: int, num_seeds: int, quiet: bool = False) -> None:
         self._total, self._seeds = total_steps, num_seeds
-        self._live = Live(auto_refresh=False)
+        self._live = Live(console=Console(), auto_refresh=False)
         self._latest: tuple[int, float, Sequence[float], str] | None = None
         self._due = math.inf if quiet else -math.inf
         if self._live.console.is_terminal and not quiet:
@@ -193,18 +195,20 @@ class Progress:
 
     def _show(self, step: int, sps: float, returns: Sequence[float], extra: str) -> None:
         left = timedelta(seconds=int((self._total - step) * self._seeds / sps)) if sps > 0 else "?"
-        line = f"{step:,}/{self._total:,} steps, {step / self._total:.0%}, {sps:,.0f} SPS, {left} left"
+        parts = [f"{step:,}/{self._total:,} steps, {step / self._total:.0%}, {sps:,.0f} SPS, {left} left"]
         known = sorted(value for value in returns if not math.isnan(value))
         if known:
             middle = known[len(known) // 4 : len(known) - len(known) // 4]  # for the interquartile mean
-            line += f", return {sum(middle) / len(middle):,.1f}"
-        if len(known) > 1:
-            line += f" ({known[0]:,.1f} to {known[-1]:,.1f}, {len(known)} seeds)"
-        line += f", {extra}" if extra else ""
+            span = f" ({known[0]:,.1f} to {known[-1]:,.1f}, {len(known)} seeds)" if len(known) > 1 else ""
+            parts.append(f"return {sum(middle) / len(middle):,.1f}{span}")
+        parts += [extra] if extra else []
         if self._live.is_started:
-            self._live.update(Group(ProgressBar(self._total, step), line), refresh=True)
+            lines = Table.grid()
+            for line in (ProgressBar(self._total, step), Text(parts[0]), Text(", ".join(parts[1:]))):
+                lines.add_row(line)
+            self._live.update(lines, refresh=True)
         else:
-            print(line, flush=True)
+            print(", ".join(parts), flush=True)
         self._latest = None
         self._due = time.monotonic() + (0.25 if self._live.is_started else 10.0)
 

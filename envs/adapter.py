@@ -134,7 +134,7 @@ class GymnasiumEnv(VectorEnv):
         return {"episodes": episodes, "obs": self.obs, "done": self.done, **totals}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        # Exact where all randomness is np_random's; the observation shows most exceptions, not all (say, an emulator's).
+        # Exact where all randomness is in np_random; most exceptions show in the observation, an emulator's may not.
         masks: list[Any] = []
         for row, env in enumerate(self.recorded):
             episode = state["episodes"][str(row)]

@@ -1,25 +1,27 @@
-"""Builds the reference sets that the package carries from a folder of measured CleanRL logs.
+"""Builds the reference sets that the package carries from measured CleanRL runs.
 
-    python -m rl_lab.curves.build FOLDER
+    python -m rl_lab.curves.build FOLDER... [--tables FILE]
 
-FOLDER holds `runs.csv` (columns file, script, env_id, seed, total_timesteps) and the episode files that it names; all
-seeds it lists go in. Every (script, env) becomes `reference/{script}__{env}.csv.gz` with a JSON of its provenance. With
-`--tables FILE` CleanRL's documented results are condensed into `reference/published.csv` as well. Equal input gives
-equal bytes.
+A FOLDER holds CleanRL's own run folders, or episode files `{script}__{env}__{seed}.csv.gz` with a `runs.csv` that tells
+their budget (columns file, total_timesteps). All seeds found go in. Every (script, env) becomes
+`reference/{script}__{env}.csv.gz` with a JSON of its provenance. FILE is a table of CleanRL's documented results, which
+becomes `reference/published.csv`. Equal input gives equal bytes.
 """
 
 from __future__ import annotations
 
 import csv
+import dataclasses
 import gzip
 import json
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
 
 import tyro
 
-from rl_lab.curves.store import REFERENCE, read_episodes
+from rl_lab.curves.compare import common_budget, distinct_seeds
+from rl_lab.curves.store import REFERENCE, Run, load
 
 COMMIT = "fe8d8a03c41a7ef5b523e2e354bd01c363e786bb"
 ORIGIN = {
@@ -43,35 +45,39 @@ FIGURES = {
 }
 
 
-def build(folder: Path, target: Path = REFERENCE) -> list[Path]:
-    """Write one reference set for every (script, env) that `folder`/runs.csv lists; returns the files written."""
-    sets: dict[tuple[str, str], list[dict[str, str]]] = defaultdict(list)
-    with (folder / "runs.csv").open() as file:
-        for row in csv.DictReader(file):
-            sets[row["script"].removesuffix(".py"), row["env_id"]].append(row)
+def build(folders: Sequence[Path], target: Path = REFERENCE) -> list[Path]:
+    """Write one reference set for every (script, env) found; returns the files written.
+
+    Raises:
+        ValueError: if seeds of a set have different budgets, a run was stopped early or a seed occurs twice.
+    """
+    sets: dict[tuple[str, str], list[Run]] = defaultdict(list)
+    for folder in folders:
+        budgets = {}
+        if (folder / "runs.csv").is_file():
+            with (folder / "runs.csv").open() as file:
+                budgets = {row["file"]: int(row["total_timesteps"]) for row in csv.DictReader(file)}
+        for run in load(folder):
+            known = run.total_timesteps or budgets.get(run.path.name)
+            sets[run.algo, run.env].append(dataclasses.replace(run, total_timesteps=known))
     written = []
-    for (script, env), rows in sorted(sets.items()):
-        rows.sort(key=lambda row: int(row["seed"]))
-        budgets = {int(row["total_timesteps"]) for row in rows}
-        if len(budgets) > 1:
-            raise ValueError(f"{script} {env}: the seeds have different budgets {sorted(budgets)}; keep one")
-        lines = ["seed,global_step,episodic_return,episodic_length"]
-        for row in rows:
-            table = read_episodes(folder / row["file"])
-            columns = (table[name] for name in ("global_step", "episodic_return", "episodic_length"))
-            lines += [f"{row['seed']},{int(t)},{r:.10g},{int(n)}" for t, r, n in zip(*columns, strict=True)]
-        path = target / f"{script}__{env}.csv.gz"
-        path.write_bytes(gzip.compress("\n".join([*lines, ""]).encode(), mtime=0))
-        command = f"python cleanrl/{script}.py --env-id {env} --seed SEED"
+    for (script, env), runs in sorted(sets.items()):
+        distinct_seeds(runs)
+        runs.sort(key=lambda run: run.seed)
+        lines = ["seed,global_step,episodic_return"]
+        for run in runs:
+            lines += [f"{run.seed},{int(t)},{r:.9g}" for t, r in zip(run.steps, run.returns, strict=True)]
         note = {
             "script": script,
             "env": env,
-            "seeds": [int(row["seed"]) for row in rows],
-            "total_timesteps": budgets.pop(),
-            "command": command,
+            "seeds": [run.seed for run in runs],
+            "total_timesteps": common_budget(runs),
+            "command": f"python cleanrl/{script}.py --env-id {env} --seed SEED",
             **ORIGIN,
         }
-        (target / f"{script}__{env}.json").write_text(json.dumps(note, indent=1) + "\n")
+        path = target / f"{script}__{env}.csv.gz"
+        path.write_bytes(gzip.compress("\n".join([*lines, ""]).encode(), mtime=0))
+        path.with_name(f"{script}__{env}.json").write_text(json.dumps(note, indent=1) + "\n")
         written.append(path)
     return written
 
@@ -94,9 +100,15 @@ def build_published(tables: Path, target: Path = REFERENCE) -> Path:
     return path
 
 
-def main(folder: Annotated[Path, tyro.conf.Positional], tables: Path | None = None) -> None:
-    for path in build(folder) + ([build_published(tables)] if tables else []):
-        print(f"{path}  {path.stat().st_size / 1024:.0f} KiB")
+def main(folders: tyro.conf.Positional[tuple[Path, ...]], tables: Path | None = None) -> None:
+    """Build reference sets from measured CleanRL runs.
+
+    Args:
+        folders: run folders of CleanRL, or episode files with a runs.csv.
+        tables: a table of CleanRL's documented results.
+    """
+    for path in build(folders) + ([build_published(tables)] if tables else []):
+        print(f"{path.name}  {path.stat().st_size / 1024:.0f} KiB")
 
 
 if __name__ == "__main__":

@@ -277,9 +277,9 @@ def test_builds_reference_sets_from_what_it_finds(tmp_path: Path) -> None:
         (logs / name).write_bytes(gzip.compress(csv_bytes(*episodes(400, seed))))
         listing.append(f"{name},dqn.py,CartPole-v1,{seed},{BUDGET}")
     (logs / "runs.csv").write_text("\n".join(listing))
-    (path,) = build.build(logs, target)
+    (path,) = build.build([logs], target)
     content = path.read_bytes()
-    assert build.build(logs, target)[0].read_bytes() == content
+    assert build.build([logs], target)[0].read_bytes() == content
     first, second = store.load(target)
     assert (first.seed, second.seed, first.total_timesteps) == (1, 2, BUDGET)
     np.testing.assert_allclose(second.returns, episodes(400, 2)[1], atol=1e-5)

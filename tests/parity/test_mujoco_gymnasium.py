@@ -128,6 +128,6 @@ def test_unstable_simulation_is_reset_as_under_gymnasium(peer: gym.Env[Any, Any]
 
 @pytest.mark.slow
 @all_ids
-@pytest.mark.parametrize("scale", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("scale", [0.1, 1.0])
 def test_whole_episodes(peer: gym.Env[Any, Any], scale: float) -> None:
-    run_episodes(peer, 5000, scale, seed=17)
+    run_episodes(peer, 3000, scale, seed=17)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import os
@@ -10,6 +11,7 @@ import resource
 import signal
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +161,33 @@ def test_refused_writes_leave_the_former_files(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert sorted(path.name for path in tmp_path.iterdir()) == [PREVIOUS, NAME]
     assert checkpoint.load(tmp_path) == {"step": 2}
+
+
+@pytest.mark.parametrize(("calls", "step"), [(0, 2), (1, 2), (2, 2), (3, 3), (4, 3)])
+def test_stop_between_any_two_system_calls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int, step: int
+) -> None:
+    """fsync of the file, the old one moved, the new one moved, fsync of the folder: a state is there after each."""
+    checkpoint.save(tmp_path, {"step": 2})
+    left = [calls]
+
+    def counted(call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*arguments: Any) -> Any:
+            if left[0] == 0:
+                raise SystemExit
+            left[0] -= 1
+            return call(*arguments)
+
+        return wrapper
+
+    with monkeypatch.context() as patched, contextlib.suppress(SystemExit):
+        for name in ("fsync", "replace"):
+            patched.setattr(os, name, counted(getattr(os, name)))
+        checkpoint.save(tmp_path, {"step": 3})
+    assert left == [0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert checkpoint.load(tmp_path) == {"step": step}
 
 
 def test_kill_at_any_moment_leaves_a_complete_checkpoint(tmp_path: Path) -> None:

@@ -92,11 +92,9 @@ def test_few_seeds_of_a_bimodal_task_decide_nothing() -> None:
     assert CHEETAH.rates(drop=2, delay=2)["match"] <= 0.05
 
 
-@pytest.mark.parametrize("seeds", [2, 3, 5, 10, 30])
-@pytest.mark.parametrize("shape", ["normal", "skewed", "bimodal"])
-def test_false_alarms_stay_below_five_percent(shape: str, seeds: int) -> None:
-    """Equal sides, no margin: the 90 % interval of the difference lies wholly on one side in at most 5 % each."""
-    generator = np.random.default_rng(seeds)
+def false_alarms(shape: str, ours: int, reference: int) -> Floats:
+    """Shares of DRAWS comparisons of equal sides whose 90 % interval lies wholly below and wholly above zero."""
+    generator = np.random.default_rng(ours)
     draw = {
         "normal": lambda size: generator.normal(size=size),
         "skewed": lambda size: generator.exponential(size=size),
@@ -104,10 +102,25 @@ def test_false_alarms_stay_below_five_percent(shape: str, seeds: int) -> None:
     }[shape]
     wrong = np.zeros(2)
     for _ in range(DRAWS // CHUNK):
-        interval = statistics.difference_interval(draw((CHUNK, seeds)), draw((CHUNK, 5)), generator)
-        wrong += [(interval.high < 0).sum(), (interval.low > 0).sum()]
-    print(f"\n{shape}, {seeds} seeds against 5: below {wrong[0] / DRAWS:.1%}, above {wrong[1] / DRAWS:.1%}", end="")
-    assert (wrong / DRAWS <= 0.055).all()  # 5 % within the error of 1,000 draws
+        interval = statistics.difference_interval(draw((CHUNK, ours)), draw((CHUNK, reference)), generator)
+        wrong += [(interval.high < 0).sum() / DRAWS, (interval.low > 0).sum() / DRAWS]
+    print(f"\n{shape}, {ours} seeds against {reference}: below {wrong[0]:.1%}, above {wrong[1]:.1%}", end="")
+    return wrong
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5, 10, 30])
+@pytest.mark.parametrize("shape", ["normal", "skewed", "bimodal"])
+def test_false_alarms_stay_below_five_percent(shape: str, seeds: int) -> None:
+    assert (false_alarms(shape, seeds, 5) <= 0.055).all()  # 5 % within the error of 1,000 draws
+
+
+@pytest.mark.parametrize("shape", ["normal", "skewed", "bimodal"])
+def test_few_seeds_need_the_widening(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (false_alarms(shape, 3, 3) <= 0.055).all()
+    monkeypatch.setattr(statistics, "widening", lambda runs: 1.0)
+    print("\nwithout widening:", end="")
+    assert (false_alarms(shape, 3, 3) > 0.10).all()
+    false_alarms(shape, 10, 5)
 
 
 def test_the_seeds_asked_for_decide() -> None:

@@ -114,6 +114,10 @@ class TensorEnv(VectorEnv):
     def observe(self, physics: Tensor) -> Tensor:
         """(B, k) -> observations (B, *obs)."""
 
+    def mask(self, physics: Tensor) -> Tensor | None:
+        """(B, k) -> (B, A) bool as in `action_mask`, or None."""
+        return None
+
     def dynamics(self, state: State, actions: Tensor, draws: Tensor) -> tuple[State, Step]:
         """One pure step: `state` as in `self.state`, `draws` (B, reset_draws) used where an episode ended."""
         fresh = state["done"]  # the step before ended an episode, so its totals are over
@@ -146,6 +150,16 @@ class TensorEnv(VectorEnv):
     def step(self, actions: Tensor) -> Step:
         self.state, step = self.dynamics(self.state, actions, self.draw(1)[0])
         return step
+
+    @property
+    def action_mask(self) -> Tensor | None:
+        return self.mask(self.state["physics"])
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What a compiled `dynamics` depends on: the class and its plain settings."""
+        plain = {name: x for name, x in vars(self).items() if isinstance(x, int | float | str | bool | tuple)}
+        return type(self).__module__, type(self).__qualname__, sorted(plain.items(), key=str)
 
     @property
     def episode_returns(self) -> Tensor:  # type: ignore[override]

@@ -1,0 +1,309 @@
+"""One way to parse, validate, seed and run: every training command is `run(train, Args, defaults)`.
+
+`RunArgs` holds the flags that all algorithms share; an algorithm's frozen `Args` extends it. `Run` is one process's
+training run: its folders, logs, checkpoints, signals, and the order in which they happen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor
+
+from rl_lab import checkpoint
+from rl_lab.log import Progress, RunLog
+from rl_lab.vector import VectorEnv
+
+
+@dataclass(frozen=True)
+class RunArgs:
+    """Flags of every training command."""
+
+    env: str
+    """environment id of Gymnasium"""
+    total_timesteps: int
+    """env steps of one seed, over all its environments"""
+    seed: int = 1
+    """seed of the first agent"""
+    num_seeds: int = 1
+    """agents trained side by side in this process, with seeds seed, seed + 1, ...; each gets a run folder"""
+    backend: Literal["auto", "native", "gymnasium"] = "auto"
+    """implementation of the environment: auto takes the native batched one where there is one"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes cuda where the machine has it"""
+    compile: bool = True
+    """compile with AOTInductor; --no-compile is for debugging"""
+    torch_threads: int = 1
+    """CPU threads of torch; one is fastest for small networks"""
+    runs_dir: Path = Path("runs")
+    """where run folders are made"""
+    checkpoint_every: int = 100_000
+    """env steps of one seed between checkpoints; 0 for the first and last only"""
+    eval_every: int = 0
+    """env steps of one seed between evaluations of 10 episodes, logged as eval/episodic_return; 0 for none"""
+    resume: Path | None = None
+    """run folder to continue; its flags hold, and those given must agree with them"""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if field.type == "int" and getattr(self, field.name) < (0 if field.name in self.may_be_zero else 1):
+                flag = f"--{field.name.replace('_', '-')}"
+                raise ValueError(
+                    f"{flag} {getattr(self, field.name)} must be at least {int(field.name not in self.may_be_zero)}"
+                )
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda: torch finds no CUDA device here; --device cpu works")
+
+    may_be_zero: ClassVar[set[str]] = {"seed", "checkpoint_every", "eval_every"}
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        return tuple(range(self.seed, self.seed + self.num_seeds))
+
+    @property
+    def torch_device(self) -> torch.device:
+        cuda = self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available())
+        return torch.device("cuda" if cuda else "cpu")
+
+    @property
+    def annealed(self) -> bool:
+        """Whether anything is scheduled over total_timesteps, so that a run cannot be prolonged."""
+        return True
+
+    def generators(self) -> list[torch.Generator]:
+        """The agents' generators, one a seed, independent of the environments' which start from the seeds themselves."""
+        states = [np.random.SeedSequence((seed, 1)).generate_state(1, np.uint64)[0] for seed in self.seeds]
+        return [torch.Generator(self.torch_device).manual_seed(int(state)) for state in states]
+
+    def algorithm_fields(self) -> tuple[tuple[str, Any], ...]:
+        """The fields that an algorithm adds: what its compiled functions may depend on."""
+        shared = {field.name for field in dataclasses.fields(RunArgs)}
+        return tuple((f.name, getattr(self, f.name)) for f in dataclasses.fields(self) if f.name not in shared)
+
+    def to_json(self) -> dict[str, Any]:
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "resume"}
+        return {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop; it has been checkpointed."""
+
+
+class Run:
+    """A training run of `len(args.seeds)` agents.
+
+    Args:
+        args: all flags; `args.resume` names a run to continue.
+        algo: name of the algorithm.
+        env: whose rows are seeds by environments.
+        state: gives the training state as nested dicts of tensors and JSON values.
+
+    `saved` is the state to continue from, None for a new run. A new run's folders and first checkpoint exist when the
+    constructor returns.
+    """
+
+    def __init__(self, args: RunArgs, algo: str, env: VectorEnv, state: Callable[[], dict[str, Any]]) -> None:
+        self.args, self.env, self.state = args, env, state
+        self.iteration, self.elapsed, self.recent = 0, 0.0, [[] for _ in args.seeds]
+        self.saved: dict[str, Any] | None = None
+        if args.resume is None:
+            space = type(env.action_space).__name__
+            config = {"total_timesteps": args.total_timesteps, "action_space": space, "args": args.to_json()}
+            config["semantics"] = getattr(args, "semantics", "")
+            self.logs = RunLog.create(args.runs_dir, args.env, algo, args.seeds, config)
+            for index in range(len(args.seeds)):
+                rows = "\n".join(f"|{name}|{value}|" for name, value in args.to_json().items())
+                self.logs.text(index, "hyperparameters", f"|param|value|\n|-|-|\n{rows}")
+            self.checkpoint()
+        else:
+            self.logs = RunLog.open(args.resume)
+            loaded = checkpoint.load(self.logs.checkpoint_folder)
+            self.saved, progress = loaded["state"], loaded["run"]
+            self.iteration, self.elapsed, self.recent = progress["iteration"], progress["elapsed"], progress["recent"]
+            self.logs.rewind(progress["logs"])
+
+    def iterations(self, num_iterations: int, steps: int) -> Iterator[int]:
+        """Indices of the iterations to do, each of `steps` env steps a seed; checkpoints between them.
+
+        Raises:
+            Stopped: after SIGINT or SIGTERM, once the running iteration is finished and checkpointed.
+        """
+        self.steps_per_iteration = steps
+        caught: list[int] = []
+        handlers = {
+            s: signal.signal(s, lambda number, _: caught.append(number)) for s in (signal.SIGINT, signal.SIGTERM)
+        }
+        self.progress = Progress(num_iterations * steps, len(self.args.seeds))
+        self.started = time.monotonic() - self.elapsed
+        try:
+            while self.iteration < num_iterations:
+                yield self.iteration
+                self.iteration += 1
+                self.elapsed = time.monotonic() - self.started
+                if caught or self._due(self.args.checkpoint_every) or self.iteration == num_iterations:
+                    self.checkpoint()
+                if caught:
+                    name = signal.Signals(caught[0]).name
+                    raise Stopped(
+                        f"{name}: stopped after {self.iteration * steps} steps; continue with --resume {self.logs.folders[0]}"
+                    )
+        finally:
+            self.progress.close()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    @property
+    def evaluation_due(self) -> bool:
+        """Whether the iteration now running ends at or past a multiple of --eval-every."""
+        return _crosses(self.iteration, self.steps_per_iteration, self.args.eval_every)
+
+    def log(self, rollout: dict[str, Tensor], metrics: dict[str, Tensor]) -> None:
+        """Log one iteration: the episodes that ended in it, and the metrics.
+
+        Args:
+            rollout: (T, B, ...) terminated, truncated, episode_returns, episode_lengths.
+            metrics: tag -> (S,).
+        Raises:
+            FloatingPointError: if a loss is not finite; nothing of this iteration is logged or checkpointed.
+        """
+        num_seeds, num_envs = len(self.args.seeds), self.env.num_envs
+        names, table = list(metrics), torch.stack([x.float() for x in metrics.values()]).tolist()
+        for name, row in zip(names, table, strict=True):
+            if name.endswith("_loss") and not all(map(math.isfinite, row)):
+                self._fail(name, row, rollout)
+        begin = self.iteration * self.steps_per_iteration
+        end = begin + self.steps_per_iteration
+        done = (rollout["terminated"] | rollout["truncated"]).cpu().numpy()
+        times, rows = done.nonzero()
+        returns = rollout["episode_returns"].cpu().numpy()[times, rows]
+        lengths = rollout["episode_lengths"].cpu().numpy()[times, rows]
+        sps = end / (time.monotonic() - self.started)
+        for index in range(num_seeds):
+            mine = rows // num_envs == index
+            if mine.any():
+                self.logs.episodes(index, begin + (times[mine] + 1) * num_envs, returns[mine], lengths[mine])
+                self.recent[index] = [*self.recent[index], *returns[mine].tolist()][-100:]
+            values = {name: row[index] for name, row in zip(names, table, strict=True)}
+            self.logs.scalars(index, end, {**values, "charts/SPS": float(int(sps))})
+        self.progress.update(end, sps * num_seeds, [sum(r) / len(r) if r else math.nan for r in self.recent])
+
+    def checkpoint(self) -> None:
+        """Save the training state, and where the logs stood."""
+        progress = {
+            "iteration": self.iteration,
+            "elapsed": self.elapsed,
+            "recent": self.recent,
+            "logs": self.logs.state_dict(),
+        }
+        checkpoint.save(self.logs.checkpoint_folder, {"state": self.state(), "run": progress})
+
+    def finish(self, params: dict[str, Tensor], normalizer: Any) -> None:
+        """Write each seed's parameters and statistics as model.safetensors, and say where everything is."""
+        for index, folder in enumerate(self.logs.folders):
+            tensors = flatten({"params": params, "normalizer": normalizer})
+            model = {name: x[index] for name, x in tensors.items()}
+            checkpoint.save_tensors(folder / "model.safetensors", model, {"algo": self.logs.config["algo"]})
+            recent = self.recent[index]
+            score = (
+                f"{sum(recent) / len(recent):.1f} over the last {len(recent)} episodes"
+                if recent
+                else "no episode ended"
+            )
+            print(f"{folder}: {score}")
+        self.logs.close()
+
+    def _due(self, every: int) -> bool:
+        return _crosses(self.iteration - 1, self.steps_per_iteration, every)
+
+    def _fail(self, name: str, row: Sequence[float], rollout: dict[str, Tensor]) -> None:
+        seed = self.args.seeds[[math.isfinite(x) for x in row].index(False)]
+        finite = all(torch.isfinite(rollout[column]).all() for column in ("obs", "next_obs", "rewards"))
+        cause = f"{name} is not finite" if finite else "an observation or reward is not finite"
+        raise FloatingPointError(
+            f"seed {seed}, step {self.iteration * self.steps_per_iteration}: {cause}; the last checkpoint in "
+            f"{self.logs.checkpoint_folder} is sound. A smaller --learning-rate is the usual cure"
+        )
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Tensor]:
+    """Nested dicts of tensors to one dict with names like "params/actor.0.weight"."""
+    flat: dict[str, Tensor] = {}
+    for name, node in tree.items():
+        flat |= flatten(node, f"{prefix}{name}/") if isinstance(node, dict) else {prefix + name: node}
+    return flat
+
+
+def _crosses(iteration: int, steps: int, every: int) -> bool:
+    """Whether iteration number `iteration`, of `steps` steps, reaches a multiple of `every`."""
+    return every > 0 and (iteration + 1) * steps // every > iteration * steps // every
+
+
+def run(train: Callable[[Any], Any], args_type: type[RunArgs], defaults: Callable[[str], RunArgs]) -> None:
+    """Parse the command line and train; every expected fault ends in one line and exit status 1 (2 for flags).
+
+    Args:
+        train: takes the parsed flags.
+        args_type: the algorithm's Args.
+        defaults: gives its defaults for an environment id.
+    """
+    try:
+        args = parse(sys.argv[1:], args_type, defaults)
+        if args is None:
+            return
+        torch.set_num_threads(args.torch_threads)
+        train(args)
+    except Stopped as stopped:
+        raise SystemExit(str(stopped)) from None
+    except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get("RL_LAB_TRACEBACK"):
+            raise
+        raise SystemExit(f"error: {error}") from None
+
+
+def parse(argv: Sequence[str], args_type: type[RunArgs], defaults: Callable[[str], RunArgs]) -> RunArgs | None:
+    """Flags to Args: defaults by environment, or a run's own for --resume. None where the run is finished already."""
+    folder = _given(argv, "--resume")
+    if folder is None:
+        env_id = _given(argv, "--env")
+        args = tyro.cli(args_type, args=argv, default=defaults(env_id) if env_id else None)
+        print("  ".join(f"{name}={value}" for name, value in args.algorithm_fields()))
+        return args
+    config = RunLog.open(Path(folder)).config
+    fields = {f.name for f in dataclasses.fields(args_type)} & config["args"].keys()
+    saved = args_type(
+        **{name: config["args"][name] for name in fields} | {"runs_dir": Path(config["args"]["runs_dir"])}
+    )
+    args = tyro.cli(args_type, args=argv, default=saved)
+    free = {"resume", "checkpoint_every"} | (set() if saved.annealed else {"total_timesteps"})
+    for name in sorted(fields - free):
+        if (was := getattr(saved, name)) != (now := getattr(args, name)):
+            flag = f"--{name.replace('_', '-')}"
+            why = "it schedules this run's annealing" if name == "total_timesteps" else "a resumed run keeps its flags"
+            raise ValueError(f"{flag} {now}: the run in {folder} has {was}, and {why}; leave the flag out")
+    finished = (Path(folder) / "model.safetensors").exists()
+    if finished and args.total_timesteps <= saved.total_timesteps:
+        print(f"{folder} is finished: {saved.total_timesteps} steps")
+        return None
+    return args
+
+
+def _given(argv: Sequence[str], flag: str) -> str | None:
+    """The value of `flag` on a command line, before it is parsed."""
+    for word, value in zip(argv, [*argv[1:], None], strict=True):
+        if word == flag:
+            return value
+        if word.startswith(flag + "="):
+            return word.removeprefix(flag + "=")
+    return None

@@ -1,0 +1,162 @@
+"""Ahead-of-time compilation of pure functions of tensors, cached on disk, and the loop that compiles with them.
+
+`Compiled(function, key)` traces `function` to one graph at its first call, compiles that with AOTInductor and keeps
+the shared library in the cache folder, so that the next process loads it in milliseconds instead of tracing and
+compiling for half a minute. The price is that a graph is exact for shapes, dtypes and everything `function` closes
+over: shapes and dtypes are read off the arguments, the rest must be named in `key`.
+
+The cache folder is `$RL_LAB_CACHE`, else `~/.cache/rl_lab`; its libraries are code, as every compiler's cache is:
+keep it as private as the checkout.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+
+Function = Callable[..., Any]
+
+
+def scan(step: Function, carry: Any, xs: Any) -> tuple[Any, Any]:
+    """Loop over the first axis of `xs`: `carry, y = step(carry, x)`.
+
+    One loop inside the graph where a compiler traces it, a Python loop elsewhere; both are the same mathematics.
+
+    Args:
+        step: pure; returns a carry of the same structure, shapes and dtypes, and any tree of tensors.
+        carry: tree of tensors.
+        xs: tree of tensors with equal first axis T >= 1.
+    Returns:
+        the last carry, and the tree of ys stacked along a new first axis T.
+    """
+    if get_proxy_mode() is not None:
+        from torch._higher_order_ops.scan import scan as traced_scan
+
+        return traced_scan(lambda c, x: _unaliased(*step(c, x)), carry, xs)  # type: ignore[no-any-return]
+    ys = []
+    for t in range(pytree.tree_leaves(xs)[0].shape[0]):
+        carry, y = step(carry, pytree.tree_map(lambda x, t=t: x[t], xs))
+        ys.append(y)
+    return carry, pytree.tree_map(lambda *y: torch.stack(y), *ys)
+
+
+def _unaliased(carry: Any, y: Any) -> tuple[Any, Any]:
+    """Clone outputs: a traced loop body may not return its inputs, nor one tensor twice."""
+    return pytree.tree_map(torch.clone, carry), pytree.tree_map(torch.clone, y)
+
+
+class Compiled:
+    """A pure function, compiled at its first call for arguments like those, or loaded from the cache.
+
+    Args:
+        function: of trees of tensors; returns a tree of tensors. Called without gradients.
+        key: everything the graph depends on besides shapes and dtypes; its `repr` enters the cache's key, together
+            with this package's sources, the versions and the processor.
+        enabled: False calls `function` eagerly, for debugging.
+    Raises:
+        RuntimeError: at the first call, if there is no C++ compiler; the message says what would work.
+    """
+
+    def __init__(self, function: Function, key: object, enabled: bool = True) -> None:
+        self.function, self.key, self.enabled = function, key, enabled
+        self._graph: tuple[Callable[[list[Tensor]], list[Tensor]], pytree.TreeSpec] | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        """Trees in, a tree of new tensors out. Shapes, dtypes and devices must be those of the first call."""
+        if not self.enabled:
+            with torch.no_grad():
+                return self.function(*args)
+        leaves, treespec = pytree.tree_flatten(args)
+        run, outspec = self._graph or self._build(leaves, treespec)
+        return pytree.tree_unflatten(run(leaves), outspec)
+
+    def on_leaves(self, *args: Any) -> Callable[[list[Tensor]], list[Tensor]]:
+        """The same from a list of leaves to a list of leaves, for arguments like `args`.
+
+        For loops of small calls, where taking trees apart would cost as much as the arithmetic.
+        """
+        leaves, treespec = pytree.tree_flatten(args)
+        if self.enabled:
+            return (self._graph or self._build(leaves, treespec))[0]
+        return lambda leaves: pytree.tree_leaves(self(*pytree.tree_unflatten(leaves, treespec)))
+
+    def _build(self, leaves: list[Tensor], treespec: pytree.TreeSpec) -> tuple[Any, pytree.TreeSpec]:
+        signature = [(tuple(x.shape), x.stride(), str(x.dtype), str(x.device)) for x in leaves]
+        described = (self.key, str(treespec), signature, _toolchain())
+        folder = cache_folder() / hashlib.sha256(repr(described).encode()).hexdigest()[:32]
+        if not folder.exists():
+            _compile(self.function, leaves, treespec, folder)
+        try:
+            self._graph = _load(folder)
+        except Exception as error:  # a torn or foreign file
+            warnings.warn(f"{folder} does not load ({error}); compiling again", stacklevel=3)
+            shutil.rmtree(folder)
+            _compile(self.function, leaves, treespec, folder)
+            self._graph = _load(folder)
+        return self._graph
+
+
+def cache_folder() -> Path:
+    """Where compiled graphs are kept."""
+    return Path(os.environ.get("RL_LAB_CACHE", Path.home() / ".cache" / "rl_lab"))
+
+
+def _load(folder: Path) -> tuple[Any, pytree.TreeSpec]:
+    outspec = pytree.treespec_loads(json.loads((folder / "tree.json").read_text()))
+    return torch._inductor.aoti_load_package(str(folder / "graph.pt2")).loader.run, outspec
+
+
+def _compile(function: Function, leaves: list[Tensor], treespec: pytree.TreeSpec, folder: Path) -> None:
+    outspec: list[pytree.TreeSpec] = []
+
+    def flat(*leaves: Tensor) -> tuple[Tensor, ...]:
+        outputs, spec = pytree.tree_flatten(function(*pytree.tree_unflatten(leaves, treespec)))
+        outspec.append(spec)
+        return tuple(x.clone() for x in outputs)  # outputs that are inputs, or each other, would be shared
+
+    if not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
+        raise RuntimeError(
+            "--compile needs a C++ compiler (g++ or clang++) and found none; install one or pass --no-compile"
+        )
+    work = folder.with_name(f"{folder.name}.{os.getpid()}")  # beside, then renamed: two processes may compile at once
+    work.mkdir(parents=True, exist_ok=True)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the compiler's own deprecations
+        leaves = [x.clone() for x in leaves]  # two arguments may be one tensor today and two tomorrow
+        graph = make_fx(flat, tracing_mode="fake")(*leaves)
+        program = torch.export.export(graph, tuple(leaves))
+        torch._inductor.aoti_compile_and_package(program, package_path=str(work / "graph.pt2"))
+    (work / "tree.json").write_text(json.dumps(pytree.treespec_dumps(outspec[-1])))
+    try:
+        work.rename(folder)
+    except OSError:  # another process was first
+        shutil.rmtree(work)
+
+
+@cache
+def _toolchain() -> tuple[str, ...]:
+    """What a compiled graph depends on besides its function: sources, torch, processor, threads."""
+    sources = hashlib.sha256()
+    root = Path(__file__).parent
+    for path in sorted([*root.glob("*.py"), *(root / "algorithms").glob("*.py"), *(root / "envs").glob("*.py")]):
+        sources.update(path.read_bytes())
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = (
+        {line for line in cpuinfo.read_text().splitlines() if line.startswith(("flags", "Features"))}
+        if cpuinfo.exists()
+        else set()
+    )
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return sources.hexdigest(), torch.__version__, repr(sorted(flags)), gpu, str(torch.get_num_threads())

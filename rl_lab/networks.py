@@ -1,0 +1,37 @@
+"""Networks as pure functions of a flat dict of parameters, {"actor.0.weight": (out, in), "actor.0.bias": (out,), ...}."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Params = dict[str, Tensor]
+
+
+def init_mlp(name: str, sizes: Sequence[int], output_gain: float, generator: torch.Generator) -> Params:
+    """Orthogonal weights with gain sqrt(2), `output_gain` in the last layer, and zero biases.
+
+    Args:
+        name: prefix of the parameters' names.
+        sizes: widths from input to output; L + 1 numbers for L layers.
+    """
+    params = {}
+    for layer, (inputs, outputs) in enumerate(itertools.pairwise(sizes)):
+        gain = output_gain if layer == len(sizes) - 2 else 2**0.5
+        weight = torch.empty(outputs, inputs, device=generator.device)
+        params[f"{name}.{layer}.weight"] = torch.nn.init.orthogonal_(weight, gain, generator=generator)
+        params[f"{name}.{layer}.bias"] = torch.zeros(outputs, device=generator.device)
+    return params
+
+
+def mlp(params: Params, name: str, x: Tensor, num_layers: int = 3) -> Tensor:
+    """(B, in) -> (B, out), tanh between the layers."""
+    for layer in range(num_layers):
+        x = F.linear(x, params[f"{name}.{layer}.weight"], params[f"{name}.{layer}.bias"])
+        if layer < num_layers - 1:
+            x = torch.tanh(x)
+    return x

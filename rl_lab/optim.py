@@ -1,0 +1,49 @@
+"""Optimizer steps as pure functions of dicts of tensors, equal to torch.optim's and torch.nn.utils' arithmetic."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rl_lab.networks import Params
+
+AdamState = dict[str, Any]  # first, second: moments by parameter name; step: () steps taken
+
+
+def init_adam(params: Params) -> AdamState:
+    """Moments at zero. The step count is float64: float32 powers of 0.999 would be too coarse."""
+    zeros = {name: torch.zeros_like(p) for name, p in params.items()}
+    step = torch.zeros((), dtype=torch.float64, device=next(iter(params.values())).device)
+    return {"first": zeros, "second": dict(zeros), "step": step}
+
+
+def clip_gradients(grads: Params, max_norm: float) -> tuple[Params, Tensor]:
+    """Scale all gradients so that their joint Euclidean norm is at most `max_norm`; also returns the norm before."""
+    norm = torch.stack([g.square().sum() for g in grads.values()]).sum().sqrt()
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    return {name: g * scale for name, g in grads.items()}, norm
+
+
+def adam(
+    params: Params,
+    grads: Params,
+    state: AdamState,
+    learning_rate: Tensor,
+    eps: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+) -> tuple[Params, AdamState]:
+    """One step of Adam (Kingma and Ba 2015, Algorithm 1), epsilon outside the corrected root as in torch.optim.Adam.
+
+    Args:
+        learning_rate: () tensor, so that annealing it does not compile anew.
+    """
+    beta1, beta2 = betas
+    step = state["step"] + 1
+    step_size = (learning_rate / (1 - beta1**step)).float()
+    correction = (1 - beta2**step).sqrt().float()
+    first = {name: m + (1 - beta1) * (grads[name] - m) for name, m in state["first"].items()}
+    second = {name: beta2 * v + (1 - beta2) * grads[name].square() for name, v in state["second"].items()}
+    new = {name: p - step_size * first[name] / (second[name].sqrt() / correction + eps) for name, p in params.items()}
+    return new, {"first": first, "second": second, "step": step}

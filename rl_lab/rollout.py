@@ -1,0 +1,166 @@
+"""On-policy collection: T steps of every environment under fixed parameters, as (T, B, ...) tensors on one device.
+
+The functions handed in are pure and written for one agent: its N environments, no seed axis.
+
+    act(params, inputs, noise) -> (actions, env_actions)
+        inputs: {"obs": (N, *obs)} and, where the environment has one, {"mask": (N, A)}; `actions` are stored,
+        `env_actions` are what the environment sees.
+    observe(normalizer, step) -> (normalizer, step)
+        running normalisation; None where observations and rewards are taken as they are.
+
+A `TensorEnv` is stepped inside one compiled loop together with them; any other environment from Python, one compiled
+call of each a step. Values and log-probabilities are not computed here: while a rollout is collected the parameters do
+not change, so the learner computes them for the whole rollout in one batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+from torch.func import vmap
+
+from rl_lab.compiler import Compiled, scan
+from rl_lab.vector import Step, TensorEnv, VectorEnv
+
+Inputs = dict[str, Tensor]
+Rollout = dict[str, Tensor]
+Act = Callable[[Any, Inputs, Tensor], tuple[Tensor, Tensor]]
+Observe = Callable[[Any, Step], tuple[Any, Step]]
+
+
+def split_seeds(tree: Any, num_seeds: int, dim: int = 0) -> Any:
+    """Every tensor of a tree from B = S * N rows in axis `dim` to (S, N)."""
+    return pytree.tree_map(lambda x: x.unflatten(dim, (num_seeds, -1)), tree)
+
+
+def merge_seeds(tree: Any) -> Any:
+    """Every tensor of a tree from (S, N, ...) to (S * N, ...)."""
+    return pytree.tree_map(lambda x: x.flatten(0, 1), tree)
+
+
+def contiguous(tree: Any) -> Any:
+    """Every tensor of a tree with its own, dense memory, as compiled functions need them."""
+    return pytree.tree_map(lambda x: x.clone(memory_format=torch.contiguous_format), tree)
+
+
+class Collector:
+    """Steps the environments, and holds what lies between two rollouts: the normaliser and the observation to act on.
+
+    Args:
+        env: B = S * N rows.
+        act, observe: see above.
+        normalizer: tree of tensors with a leading seed axis S, handed to `observe`.
+        obs: (B, *obs) the first observations, as `observe` gives them.
+        key: what `act` and `observe` close over, for the compiler's cache.
+        compile: False runs everything eagerly.
+    """
+
+    def __init__(
+        self,
+        env: VectorEnv,
+        act: Act,
+        observe: Observe | None,
+        normalizer: Any,
+        obs: Tensor,
+        key: object,
+        compile: bool = True,
+    ) -> None:
+        num_seeds = len(env.seeds)
+
+        def act_rows(params: Any, inputs: Inputs, noise: Tensor) -> tuple[Tensor, Tensor]:
+            return merge_seeds(vmap(act)(params, *split_seeds((inputs, noise), num_seeds)))  # type: ignore[no-any-return]
+
+        def observe_rows(normalizer: Any, step: Step) -> tuple[Any, tuple[Tensor, ...]]:
+            assert observe is not None
+            normalizer, step = vmap(observe)(normalizer, split_seeds(step, num_seeds))
+            return normalizer, merge_seeds(tuple(step))
+
+        def rollout(params: Any, carry: Any, noise: Tensor, draws: Tensor) -> tuple[Any, Rollout]:
+            assert isinstance(env, TensorEnv)
+
+            def body(carry: Any, x: tuple[Tensor, Tensor]) -> tuple[Any, Rollout]:
+                state, normalizer, *obs = carry
+                inputs = _inputs(obs[0] if obs else env.observe(state["physics"]), env.mask(state["physics"]))
+                actions, env_actions = act_rows(params, inputs, x[0])
+                state, step = env.dynamics(state, env_actions, x[1])
+                if observe:
+                    normalizer, step = observe_rows(normalizer, step)
+                    obs = step[-1:]
+                row = _row(inputs, actions, Step(*step), state["episode_returns"], state["episode_lengths"])
+                return (state, normalizer, *obs), row
+
+            return scan(body, carry, (noise, draws))
+
+        self.env, self.normalizer, self.obs = env, normalizer, obs
+        self._act = Compiled(act_rows, ("act", num_seeds, key), compile)
+        self._observe = Compiled(observe_rows, ("observe", num_seeds, key), compile) if observe else None
+        if isinstance(env, TensorEnv):
+            self._rollout = Compiled(rollout, ("rollout", num_seeds, key, env.key), compile)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The environments' state with what is held here."""
+        return {"env": self.env.state_dict(), "normalizer": self.normalizer, "obs": self.obs}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict()`."""
+        self.env.load_state_dict(state["env"])
+        self.normalizer, self.obs = state["normalizer"], state["obs"]
+
+    def collect(self, params: Any, noise: Tensor) -> Rollout:
+        """Step every environment T times.
+
+        Args:
+            params: agents' parameters with a leading seed axis S.
+            noise: (T, B, ...), each seed's from its own generator.
+        Returns:
+            obs, actions, rewards, next_obs, terminated, truncated as `act` and `observe` give them, (T, B, ...); `mask`
+            where the environment has one; and the environment's own episode_returns and episode_lengths.
+        """
+        return self._fused(params, noise) if isinstance(self.env, TensorEnv) else self._stepped(params, noise)
+
+    def _fused(self, params: Any, noise: Tensor) -> Rollout:
+        assert isinstance(self.env, TensorEnv)
+        # Raw observations follow from the state. Carrying both breaks the compiler where they are the same numbers.
+        carry = (self.env.state, self.normalizer, *([self.obs] if self._observe else []))
+        (self.env.state, self.normalizer, *obs), rollout = self._rollout(params, carry, noise, self.env.draw(len(noise)))
+        self.obs = obs[0] if obs else self.env.observe(self.env.state["physics"])
+        return rollout  # type: ignore[no-any-return]
+
+    def _stepped(self, params: Any, noise: Tensor) -> Rollout:
+        env, obs, rows = self.env, self.obs, []
+        weights, (normalizer, treespec) = pytree.tree_leaves(params), pytree.tree_flatten(self.normalizer)
+        act = observe = None
+        for noise_t in noise.unbind():
+            inputs = _inputs(obs, env.action_mask)
+            act = act or self._act.on_leaves(params, inputs, noise_t)
+            actions, env_actions = act([*weights, *inputs.values(), noise_t])
+            step = env.step(env_actions)
+            if self._observe:
+                observe = observe or self._observe.on_leaves(self.normalizer, step)
+                *normalizer, next_obs, rewards, terminated, truncated, obs = observe([*normalizer, *step])
+                step = Step(next_obs, rewards, terminated, truncated, obs)
+            obs = step.obs
+            rows.append(_row(inputs, actions, step, env.episode_returns.clone(), env.episode_lengths.clone()))
+        self.normalizer, self.obs = pytree.tree_unflatten(normalizer, treespec), obs
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def _inputs(obs: Tensor, mask: Tensor | None) -> Inputs:
+    return {"obs": obs} if mask is None else {"obs": obs, "mask": mask}
+
+
+def _row(inputs: Inputs, actions: Tensor, step: Step, episode_returns: Tensor, episode_lengths: Tensor) -> Rollout:
+    return {
+        **inputs,
+        "actions": actions,
+        "rewards": step.rewards,
+        "next_obs": step.next_obs,
+        "terminated": step.terminated,
+        "truncated": step.truncated,
+        "episode_returns": episode_returns,
+        "episode_lengths": episode_lengths,
+    }

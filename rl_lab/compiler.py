@@ -132,6 +132,7 @@ def _compile(function: Function, leaves: list[Tensor], treespec: pytree.TreeSpec
         )
     work = folder.with_name(f"{folder.name}.{os.getpid()}")  # beside, then renamed: two processes may compile at once
     work.mkdir(parents=True, exist_ok=True)
+    torch.compiler.reset()  # forget shapes of an earlier graph's loop, or this one's would be traced as dynamic
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the compiler's own deprecations
         leaves = [x.clone() for x in leaves]  # two arguments may be one tensor today and two tomorrow

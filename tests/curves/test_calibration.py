@@ -9,7 +9,7 @@ in the measured CleanRL logs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -83,6 +83,10 @@ def test_regression_tests_have_power_and_rarely_err(task: Task) -> None:
     assert equal["match"] >= 0.80
     assert task.rates(drop=2)["match"] <= 0.05
     assert task.rates(delay=2)["match"] <= 0.05
+
+
+def test_five_reference_seeds_are_too_few_for_acrobot() -> None:
+    assert replace(ACROBOT, ours=30, reference=5).rates()["match"] < 0.5
 
 
 def test_few_seeds_of_a_bimodal_task_decide_nothing() -> None:

@@ -49,7 +49,8 @@ def build(folders: Sequence[Path], target: Path = REFERENCE) -> list[Path]:
     """Write one reference set for every (script, env) found; returns the files written.
 
     Raises:
-        ValueError: if seeds of a set have different budgets, a run was stopped early or a seed occurs twice.
+        ValueError: if seeds of a set have different budgets or an unknown one, a run was stopped early, or a seed
+            occurs twice.
     """
     sets: dict[tuple[str, str], list[Run]] = defaultdict(list)
     for folder in folders:
@@ -59,6 +60,8 @@ def build(folders: Sequence[Path], target: Path = REFERENCE) -> list[Path]:
                 budgets = {row["file"]: int(row["total_timesteps"]) for row in csv.DictReader(file)}
         for run in load(folder):
             known = run.total_timesteps or budgets.get(run.path.name)
+            if known is None:
+                raise ValueError(f"{run.path}: its budget is unknown; list it in {folder / 'runs.csv'}")
             sets[run.algo, run.env].append(dataclasses.replace(run, total_timesteps=known))
     written = []
     for (script, env), runs in sorted(sets.items()):

@@ -126,10 +126,10 @@ def in_units(margin: str | float, reference: Floats) -> float:
 
 
 def common_budget(runs: Sequence[Run]) -> int:
-    """The budget which all runs share.
+    """The budget which all runs share, in env steps; where no file tells it, the last step at which an episode ended.
 
     Raises:
-        ValueError: if budgets differ, a run was stopped before its budget, or a seed occurs twice on a side.
+        ValueError: if budgets differ or a run was stopped before its budget.
     """
     budgets = {run.total_timesteps for run in runs if run.total_timesteps}
     if len(budgets) > 1:

@@ -284,6 +284,11 @@ def test_builds_reference_sets_from_what_it_finds(tmp_path: Path) -> None:
     assert (first.seed, second.seed, first.total_timesteps) == (1, 2, BUDGET)
     np.testing.assert_allclose(second.returns, episodes(400, 2)[1], atol=1e-5)
     note = store.provenance(path)
+    with pytest.raises(ValueError, match="seed 1 occurs 2 times"):
+        build.build([logs, target], target)
+    (logs / "runs.csv").unlink()
+    with pytest.raises(ValueError, match="its budget is unknown"):
+        build.build([logs], target)
     assert note["seeds"] == [1, 2] and note["licence"] == "MIT" and note["command"].startswith("python cleanrl/dqn.py")
 
 

@@ -393,18 +393,21 @@ def train(args: Args) -> Run:
     for iteration in run.iterations(args.num_iterations, args.num_envs * args.num_steps):
         remaining = 1.0 - iteration / args.num_iterations if args.anneal_lr else 1.0  # detail 4
         learning_rate = torch.tensor(args.learning_rate * remaining, device=env.device)
-        noise = torch.cat([draw_noise(actions, args, g) for g in generators], dim=1)
+        noise = torch.cat([draw_noise(actions, (args.num_steps, args.num_envs), g) for g in generators], dim=1)
         rollout = collector.collect(params, noise)  # detail 1: rollouts run across the ends of episodes
         shuffles = torch.stack([draw_shuffles(args, g) for g in generators], dim=1)
         params, opt, metrics = learner(params, opt, rollout, shuffles, learning_rate)
         run.log(rollout, {"charts/learning_rate": learning_rate.expand(args.num_seeds), **metrics})
+        if run.evaluation_due:
+            test_env = make(args.env, args.evaluation_seeds, 10, args.torch_device, args.backend)
+            run.evaluate(partial(policy, noise=None, actions=actions), params, collector.normalizer, test_env)
     run.finish(params, collector.normalizer)
     return run
 
 
-def draw_noise(actions: Actions, args: Args, generator: torch.Generator) -> Tensor:
-    """(T, N, A) noise for `act`."""
-    noise = torch.empty(args.num_steps, args.num_envs, sum(actions.sizes), device=generator.device)
+def draw_noise(actions: Actions, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """(*shape, A) noise for `act`."""
+    noise = torch.empty(*shape, sum(actions.sizes), device=generator.device)
     return noise.normal_(generator=generator) if actions.low else noise.exponential_(generator=generator)
 
 

@@ -21,9 +21,12 @@ import numpy as np
 import torch
 import tyro
 from torch import Tensor
+from torch.func import vmap
 
 from rl_lab import checkpoint
+from rl_lab.episodes import evaluate, evaluation_seeds
 from rl_lab.log import Progress, RunLog
+from rl_lab.rollout import merge_seeds, split_seeds
 from rl_lab.vector import VectorEnv
 
 
@@ -71,6 +74,10 @@ class RunArgs:
     @property
     def seeds(self) -> tuple[int, ...]:
         return tuple(range(self.seed, self.seed + self.num_seeds))
+
+    @property
+    def evaluation_seeds(self) -> tuple[int, ...]:
+        return evaluation_seeds(self.seeds)
 
     @property
     def torch_device(self) -> torch.device:
@@ -198,6 +205,27 @@ class Run:
             values = {name: row[index] for name, row in zip(names, table, strict=True)}
             self.logs.scalars(index, end, {**values, "charts/SPS": float(int(sps))})
         self.progress.update(end, sps * num_seeds, [sum(r) / len(r) if r else math.nan for r in self.recent])
+
+    def evaluate(self, policy: Callable[..., Tensor], params: Any, normalizer: Any, env: VectorEnv) -> None:
+        """Log the mean of one episode in each row of `env`, at the end of the iteration now running.
+
+        Args:
+            policy: (params, normalizer, inputs) of one agent to actions for its environments.
+            params, normalizer: trees with a leading seed axis S.
+            env: new, seeded by `args.evaluation_seeds`, and closed here: each evaluation starts from the same states,
+                so a resumed run need not know of earlier ones.
+        """
+
+        def act(inputs: dict[str, Tensor]) -> Tensor:
+            inputs = split_seeds(inputs, len(self.args.seeds))
+            return merge_seeds(vmap(policy)(params, normalizer, inputs))  # type: ignore[no-any-return]
+
+        returns, lengths = evaluate(act, env, episodes=1)
+        env.close()
+        table = np.stack([returns, lengths]).reshape(2, len(self.args.seeds), -1).mean(2)
+        end = (self.iteration + 1) * self.steps_per_iteration
+        for index, (value, length) in enumerate(table.T.tolist()):
+            self.logs.scalars(index, end, {"eval/episodic_return": value, "eval/episodic_length": length})
 
     def checkpoint(self) -> None:
         """Save the training state, and where the logs stood."""

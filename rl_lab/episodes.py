@@ -1,0 +1,54 @@
+"""Evaluation episodes: a policy that no longer learns, in environments that training never touches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rl_lab.vector import VectorEnv
+
+Inputs = dict[str, Tensor]
+
+
+def evaluate(
+    act: Callable[[Inputs], Tensor], env: VectorEnv, episodes: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Run the same number of episodes in every environment.
+
+    The first to finish among environments side by side are the short episodes, and to stop once enough have ended would
+    favour them. So each environment counts its own, and what it does after its last one is ignored.
+
+    Args:
+        act: {"obs": (B, *obs)} and, where the environment has one, {"mask": (B, A)}, to actions for `env.step`.
+        env: B environments, reset here; every episode must end sometime.
+        episodes: of each environment, at least 1.
+    Returns:
+        (B, episodes) returns, and lengths in env steps.
+    """
+    rows = len(env.seeds) * env.num_envs
+    returns, lengths = np.zeros((rows, episodes)), np.zeros((rows, episodes))
+    ended = np.zeros(rows, np.int64)
+    obs = env.reset()
+    while (ended < episodes).any():
+        mask = env.action_mask
+        step = env.step(act({"obs": obs} if mask is None else {"obs": obs, "mask": mask}))
+        obs = step.obs
+        (done,) = ((step.terminated | step.truncated).cpu().numpy() & (ended < episodes)).nonzero()
+        if len(done):
+            returns[done, ended[done]] = env.episode_returns.cpu().numpy()[done]
+            lengths[done, ended[done]] = env.episode_lengths.cpu().numpy()[done]
+            ended[done] += 1
+    return returns, lengths
+
+
+def evaluation_seeds(seeds: Sequence[int], draw: int = 0) -> tuple[int, ...]:
+    """Seeds for evaluation environments, other ones for each `draw`.
+
+    Training environments are seeded with the agents' seeds themselves, or with numpy's hash of (seed, row). These are
+    the hash under a spawn key, which no row number can stand for: numpy puts it after zeros that fill the pool.
+    """
+    children = [np.random.SeedSequence(seed, spawn_key=(draw,)) for seed in seeds]
+    return tuple(int(child.generate_state(1, np.uint64)[0]) for child in children)

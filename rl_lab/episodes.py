@@ -44,11 +44,11 @@ def evaluate(
     return returns, lengths
 
 
-def evaluation_seeds(seeds: Sequence[int], draw: int = 0) -> tuple[int, ...]:
-    """Seeds for evaluation environments, other ones for each `draw`.
+def evaluation_seeds(seeds: Sequence[int], key: tuple[int, ...] = (0,)) -> tuple[int, ...]:
+    """Seeds for evaluation environments, other ones for each `key`.
 
     Training environments are seeded with the agents' seeds themselves, or with numpy's hash of (seed, row). These are
     the hash under a spawn key, which no row number can stand for: numpy puts it after zeros that fill the pool.
     """
-    children = [np.random.SeedSequence(seed, spawn_key=(draw,)) for seed in seeds]
+    children = [np.random.SeedSequence(seed, spawn_key=key) for seed in seeds]
     return tuple(int(child.generate_state(1, np.uint64)[0]) for child in children)

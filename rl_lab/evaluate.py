@@ -1,6 +1,6 @@
-"""Evaluate trained policies: python -m rl_lab.evaluate RUN... --episodes 100.
+"""Evaluate trained policies over whole episodes, and film them.
 
-Each run plays its likeliest and sampled actions, its normaliser's statistics frozen, in environments that training never
+Each run plays its likeliest and sampled actions, its normaliser's statistics frozen, in environments training never
 saw; RUN/evaluation.json gets every episode's return and length. `load` gives a run's policy to Python.
 """
 
@@ -83,15 +83,11 @@ class Policy:
         Raises:
             ValueError: if the observations do not have the environment's shape.
         """
-        inputs = {"obs": torch.as_tensor(obs).cpu()}
-        shape = self.observation_space.shape or ()
-        if inputs["obs"].ndim > len(shape) + 1 or inputs["obs"].shape[inputs["obs"].ndim - len(shape) :] != shape:
-            raise ValueError(
-                f"obs of shape {tuple(inputs['obs'].shape)} must be {shape} or (B, *{shape}): {self.env_id}"
-            )
-        if mask is not None:
-            inputs["mask"] = torch.as_tensor(mask, dtype=torch.bool).cpu()
-        if single := inputs["obs"].ndim == len(shape):
+        x, shape = torch.as_tensor(obs).cpu(), self.observation_space.shape or ()
+        if x.ndim > len(shape) + 1 or x.shape[x.ndim - len(shape) :] != shape:
+            raise ValueError(f"obs of shape {tuple(x.shape)} must be {shape} of {self.env_id}, or (B, ...) of them")
+        inputs = {"obs": x} | ({} if mask is None else {"mask": torch.as_tensor(mask, dtype=torch.bool).cpu()})
+        if single := x.ndim == len(shape):
             inputs = {name: x.unsqueeze(0) for name, x in inputs.items()}
         rows = (len(inputs["obs"]),)
         noise = None if deterministic else self._algorithm.draw_noise(self._actions, rows, self.generator)
@@ -111,26 +107,35 @@ def load(run: str | Path) -> Policy:
     run = Path(run)
     try:
         config = json.loads((run / "config.json").read_text())
-        algo, index, first = config["algo"], config["seeds"].index(config["seed"]), config["group"][0]
+        algo, first, *_ = config["algo"], config["group"][0], config["env"], config["args"]["backend"]
+        index = config["seeds"].index(config["seed"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{run} is no run folder of rl_lab: {type(error).__name__}: {error}") from None
     known = sorted(path.stem for path in (Path(__file__).parent / "algorithms").glob("[!_]*.py"))
     if algo not in known:
         raise ValueError(f"{run} was trained by {algo!r}; rl_lab has {', '.join(known)}")
-    model: dict[str, Any] = {"params": {}, "normalizer": {}}
-    if (run / "model.safetensors").exists():
-        for name, tensor in checkpoint.load_tensors(run / "model.safetensors")[0].items():
-            *path, leaf = name.split("/")
-            node = model
-            for key in path:
-                node = node.setdefault(key, {})
-            node[leaf] = tensor
-        return Policy(config, **model, source="model.safetensors")
+    if (path := run / "model.safetensors").exists():
+        tensors, metadata = checkpoint.load_tensors(path)
+        if metadata.get("algo") != algo:
+            raise ValueError(f"{path} holds no parameters of {algo}")
+        return Policy(config, **_unflatten(tensors), source=path.name)
     saved = checkpoint.load(run.resolve().parent / first)
     source = f"checkpoint after iteration {saved['run']['iteration']}"
     warnings.warn(f"{run} is not finished: this is its {source}", stacklevel=2)
     agents = {"params": saved["state"]["params"], "normalizer": saved["state"]["collector"]["normalizer"]}
     return Policy(config, **pytree.tree_map(lambda x: x[index], agents), source=source)
+
+
+def _unflatten(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """The params and normaliser that `Run.finish` flattened; one without tensors left no name."""
+    tree: dict[str, Any] = {"params": {}, "normalizer": {}}
+    for name, tensor in tensors.items():
+        *path, leaf = name.split("/")
+        node = tree
+        for key in path:
+            node = node.setdefault(key, {})
+        node[leaf] = tensor
+    return tree
 
 
 def play(policy: Policy, episodes: int, deterministic: bool, seed: int) -> dict[str, Any]:

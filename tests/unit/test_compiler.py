@@ -1,0 +1,154 @@
+"""The loop that compiles, and the cache of compiled graphs."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rl_lab import compiler
+from rl_lab.compiler import Compiled, scan
+
+
+def running(carry: dict[str, Tensor], xs: tuple[Tensor, Tensor]) -> Any:
+    """Sums and products from the start; returns an argument and one tensor twice, as a graph may not."""
+
+    def step(carry: dict[str, Tensor], x: tuple[Tensor, Tensor]) -> Any:
+        total = carry["total"] + x[0]
+        return {"total": total, "product": carry["product"] * x[1]}, {"total": total, "again": total, "x": x[1]}
+
+    last, ys = scan(step, carry, xs)
+    return last, ys, xs[0]
+
+
+def arguments(length: int = 3) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
+    carry = {"total": torch.tensor([10.0, 20.0]), "product": torch.tensor([1.0, 1.0])}
+    xs = torch.arange(2.0 * length).reshape(length, 2)
+    return carry, (xs, xs + 1)
+
+
+def assert_by_hand(result: Any) -> None:
+    """xs are (0, 1), (2, 3), (4, 5), and one more each."""
+    last, ys, first = result
+    assert last["total"].tolist() == [16.0, 29.0]
+    assert last["product"].tolist() == [15.0, 48.0]  # 1 * 3 * 5 and 2 * 4 * 6
+    assert ys["total"].tolist() == [[10.0, 21.0], [12.0, 24.0], [16.0, 29.0]]
+    assert torch.equal(ys["again"], ys["total"])
+    assert ys["x"].tolist() == [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]
+    assert first.tolist() == [[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder of this module's own, holding the one graph that it compiles."""
+    folder = tmp_path_factory.mktemp("graphs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RL_LAB_CACHE", str(folder))
+        assert_by_hand(Compiled(running, "running")(*arguments()))
+    return folder
+
+
+@pytest.fixture
+def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Path]]:
+    """An empty cache, and the folders that would be compiled."""
+    folders: list[Path] = []
+
+    def record(function: object, leaves: object, treespec: object, folder: Path) -> None:
+        folders.append(folder)
+        raise NotImplementedError
+
+    monkeypatch.setenv("RL_LAB_CACHE", str(tmp_path))
+    monkeypatch.setattr(compiler, "_compile", record)
+    yield folders
+
+
+def unreachable(*_: object) -> Any:
+    raise AssertionError("traced again")
+
+
+def test_eager_loop_by_hand() -> None:
+    """Guards against a loop that runs backwards, drops a step, or stacks along the wrong axis."""
+    assert_by_hand(running(*arguments()))
+    assert_by_hand(Compiled(running, "running", enabled=False)(*arguments()))
+
+
+def test_second_instance_loads_the_graph(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against half a minute of compiling at each start: the function of a cached graph is not even called."""
+    monkeypatch.setenv("RL_LAB_CACHE", str(cache))
+    again = Compiled(unreachable, "running")
+    assert_by_hand(again(*arguments()))
+    carry, xs = arguments()
+    outputs = again.on_leaves(carry, xs)([carry["total"], carry["product"], *xs])
+    assert outputs[0].tolist() == [16.0, 29.0]
+
+
+def test_outputs_are_new_tensors(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against results that change at the next call, or when an argument is written to."""
+    monkeypatch.setenv("RL_LAB_CACHE", str(cache))
+    graph, (carry, xs) = Compiled(unreachable, "running"), arguments()
+    result = graph(carry, xs)
+    xs[0].fill_(-1.0)
+    carry["total"].fill_(-1.0)
+    graph(carry, xs)
+    assert_by_hand(result)
+
+
+def test_what_a_graph_depends_on_is_in_its_key(recorded: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a graph that is used where another is meant."""
+    carry, xs = arguments()
+    longer = arguments(length=4)
+    wider = {name: x.double() for name, x in carry.items()}
+    calls = [
+        ("running", (carry, xs)),
+        ("another", (carry, xs)),
+        ("running", longer),
+        ("running", (wider, xs)),
+        ("running", (carry, list(xs))),
+        ("running", (carry, (xs[0], xs[1].T.contiguous().T))),  # other strides
+    ]
+    for key, call in calls:
+        with pytest.raises(NotImplementedError):
+            Compiled(running, key)(*call)
+    assert len(set(recorded)) == len(calls)
+    with pytest.raises(NotImplementedError):
+        Compiled(running, "running")(*arguments())
+    assert recorded[-1] == recorded[0]
+    monkeypatch.setattr(compiler, "_toolchain", lambda: ("other sources",))
+    with pytest.raises(NotImplementedError):
+        Compiled(running, "running")(*arguments())
+    assert recorded[-1] not in recorded[:-1]
+
+
+@pytest.mark.parametrize("name", ["graph.pt2", "tree.json"])
+def test_torn_file_is_compiled_again(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Guards against a cache that a crash, or a full disk, spoils for good."""
+    torn = tmp_path / "cache"
+    shutil.copytree(cache, torn)
+    (file,) = torn.glob(f"*/{name}")
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    compiled = []
+
+    def compile_again(function: object, leaves: object, treespec: object, folder: Path) -> None:
+        compiled.append(folder)
+        shutil.copytree(cache / folder.name, folder)  # what compiling gives
+
+    monkeypatch.setenv("RL_LAB_CACHE", str(torn))
+    monkeypatch.setattr(compiler, "_compile", compile_again)
+    with pytest.warns(UserWarning, match=f"{file.parent.name} does not load .*; compiling again"):
+        assert_by_hand(Compiled(running, "running")(*arguments()))
+    assert compiled == [file.parent]
+
+
+def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a stack trace of the compiler's driver where a line says what to do."""
+    monkeypatch.setenv("RL_LAB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(RuntimeError, match=r"needs a C\+\+ compiler .* install one or pass --no-compile"):
+        Compiled(running, "running")(*arguments())
+    assert not list(tmp_path.rglob("*.pt2"))

@@ -92,12 +92,22 @@ class Args(RunArgs):
     def __post_init__(self) -> None:
         super().__post_init__()
         batch = self.num_envs * self.num_steps
-        if batch % self.num_minibatches:
-            raise ValueError(f"--num-minibatches {self.num_minibatches} must divide num_envs * num_steps = {batch}")
-        if self.num_iterations == 0:
-            raise ValueError(
-                f"--total-timesteps {self.total_timesteps} is less than one rollout, num_envs * num_steps = {batch}"
-            )
+        self.require("total_timesteps", self.num_iterations > 0, f"num_envs * num_steps = {batch} or more")
+        divides = batch % self.num_minibatches == 0
+        self.require("num_minibatches", divides, f"a divisor of num_envs * num_steps = {batch}")
+        pairs = not self.norm_adv or 2 * self.num_minibatches <= batch
+        self.require("num_minibatches", pairs, f"at most {batch // 2}: --norm-adv needs two samples in each minibatch")
+        for name in ("gamma", "gae_lambda"):
+            self.require(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
+        for name in ("ent_coef", "vf_coef"):
+            self.require(name, 0 <= getattr(self, name) < math.inf, "finite and 0 or more")
+        for name in ("learning_rate", "clip_coef", "max_grad_norm"):
+            self.require(name, 0 < getattr(self, name) < math.inf, "finite and above 0")
+        self.require("target_kl", self.target_kl is None or self.target_kl > 0, "above 0")
+
+    @property
+    def annealed(self) -> bool:
+        return self.anneal_lr
 
     @property
     def num_iterations(self) -> int:

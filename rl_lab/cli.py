@@ -6,7 +6,9 @@ training run: its folders, logs, checkpoints, signals, and the order in which th
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import math
 import os
 import signal
@@ -61,13 +63,17 @@ class RunArgs:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            if field.type == "int" and getattr(self, field.name) < (0 if field.name in self.may_be_zero else 1):
-                flag = f"--{field.name.replace('_', '-')}"
-                raise ValueError(
-                    f"{flag} {getattr(self, field.name)} must be at least {int(field.name not in self.may_be_zero)}"
-                )
+            if field.type == "int":
+                least = int(field.name not in self.may_be_zero)
+                self.require(field.name, getattr(self, field.name) >= least, f"at least {least}")
+        self.require("seed", self.seed + self.num_seeds <= 2**63, "below 2**63, the last one too")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: torch finds no CUDA device here; --device cpu works")
+
+    def require(self, field: str, valid: bool, wanted: str) -> None:
+        """Raise a ValueError that names the flag of `field`, what was given and what would work, unless it is valid."""
+        if not valid:
+            raise ValueError(f"{flag(field)} {getattr(self, field)} must be {wanted}")
 
     may_be_zero: ClassVar[set[str]] = {"seed", "checkpoint_every", "eval_every"}
 
@@ -104,8 +110,25 @@ class RunArgs:
         return {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}
 
 
-class Stopped(Exception):
-    """A signal asked the run to stop; it has been checkpointed."""
+SMALLER = "a smaller --learning-rate is the usual cure"
+
+
+def flag(field: str) -> str:
+    """The flag of a field of `Args`."""
+    return f"--{field.replace('_', '-')}"
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked the run to stop. No `Exception`, which a compiler at work would take for its own.
+
+    Args:
+        message: how to continue.
+        status: exit status of the process, 128 and the signal's number as in a shell.
+    """
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class Run:
@@ -119,39 +142,60 @@ class Run:
 
     `saved` is the state to continue from, None for a new run. A new run's folders and first checkpoint exist when the
     constructor returns.
+
+    Raises:
+        ValueError: if `args.runs_dir` cannot be written, or `args.resume` has no good checkpoint of its own.
     """
 
     def __init__(self, args: RunArgs, algo: str, env: VectorEnv, state: Callable[[], dict[str, Any]]) -> None:
         self.args, self.env, self.state = args, env, state
-        self.iteration, self.elapsed, self.recent = 0, 0.0, [[] for _ in args.seeds]
+        self.iteration, self.elapsed = 0, 0.0
+        self.recent: list[list[float]] = [[] for _ in args.seeds]
         self.saved: dict[str, Any] | None = None
         if args.resume is None:
             space = type(env.action_space).__name__
-            config = {"total_timesteps": args.total_timesteps, "action_space": space, "args": args.to_json()}
+            flags = args.to_json() | {"device": args.torch_device.type}  # not "auto": generators differ by device
+            config = {"total_timesteps": args.total_timesteps, "action_space": space, "args": flags}
             config["semantics"] = getattr(args, "semantics", "")
-            self.logs = RunLog.create(args.runs_dir, args.env, algo, args.seeds, config)
-            for index in range(len(args.seeds)):
-                rows = "\n".join(f"|{name}|{value}|" for name, value in args.to_json().items())
-                self.logs.text(index, "hyperparameters", f"|param|value|\n|-|-|\n{rows}")
-            self.checkpoint()
+            try:
+                self.logs = RunLog.create(args.runs_dir, args.env, algo, args.seeds, config)
+                for index in range(len(args.seeds)):
+                    rows = "\n".join(f"|{name}|{value}|" for name, value in flags.items())
+                    self.logs.text(index, "hyperparameters", f"|param|value|\n|-|-|\n{rows}")
+                self.checkpoint()
+            except OSError as error:
+                raise ValueError(f"--runs-dir {args.runs_dir}: {error}; name a folder with room to write") from None
         else:
             self.logs = RunLog.open(args.resume)
             loaded = checkpoint.load(self.logs.checkpoint_folder)
-            self.saved, progress = loaded["state"], loaded["run"]
+            progress = loaded.get("run", {})
+            if progress.get("group") != self.logs.config["group"]:
+                raise ValueError(f"--resume {args.resume}: its checkpoint is of another run; put its own back")
+            self.saved = loaded["state"]
             self.iteration, self.elapsed, self.recent = progress["iteration"], progress["elapsed"], progress["recent"]
+            self.checkpointed = self.iteration
             self.logs.rewind(progress["logs"])
+            if args.total_timesteps != self.logs.config["total_timesteps"]:
+                self.logs.prolong(args.total_timesteps)
 
     def iterations(self, num_iterations: int, steps: int) -> Iterator[int]:
         """Indices of the iterations to do, each of `steps` env steps a seed; checkpoints between them.
 
         Raises:
-            Stopped: after SIGINT or SIGTERM, once the running iteration is finished and checkpointed.
+            Stopped: after SIGINT or SIGTERM, once the running iteration is finished and checkpointed; at once for a
+                second signal, and in the first iteration, which may be compiling for long and has little to lose.
         """
         self.steps_per_iteration = steps
-        caught: list[int] = []
-        handlers = {
-            s: signal.signal(s, lambda number, _: caught.append(number)) for s in (signal.SIGINT, signal.SIGTERM)
-        }
+        first, caught = self.iteration, []
+        if first >= num_iterations:
+            print(f"{self.logs.folders[0]} is finished: {first * steps} steps")
+
+        def stop(number: int, _: object) -> None:
+            caught.append(number)
+            if len(caught) > 1 or self.iteration == first:
+                raise self._stopped(number)
+
+        handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         self.progress = Progress(num_iterations * steps, len(self.args.seeds))
         self.started = time.monotonic() - self.elapsed
         try:
@@ -162,10 +206,9 @@ class Run:
                 if caught or self._due(self.args.checkpoint_every) or self.iteration == num_iterations:
                     self.checkpoint()
                 if caught:
-                    name = signal.Signals(caught[0]).name
-                    raise Stopped(
-                        f"{name}: stopped after {self.iteration * steps} steps; continue with --resume {self.logs.folders[0]}"
-                    )
+                    raise self._stopped(caught[0])
+        except OSError as error:
+            raise OSError(f"{error}; make room, then continue with --resume {self.logs.folders[0]}") from None
         finally:
             self.progress.close()
             for number, handler in handlers.items():
@@ -183,13 +226,16 @@ class Run:
             rollout: (T, B, ...) terminated, truncated, episode_returns, episode_lengths.
             metrics: tag -> (S,).
         Raises:
-            FloatingPointError: if a loss is not finite; nothing of this iteration is logged or checkpointed.
+            FloatingPointError: if a loss is not finite; this iteration is neither logged nor checkpointed.
         """
         num_seeds, num_envs = len(self.args.seeds), self.env.num_envs
         names, table = list(metrics), torch.stack([x.float() for x in metrics.values()]).tolist()
         for name, row in zip(names, table, strict=True):
             if name.endswith("_loss") and not all(map(math.isfinite, row)):
-                self._fail(name, row, rollout)
+                seed = self.args.seeds[[math.isfinite(x) for x in row].index(False)]
+                sound = all(torch.isfinite(rollout[column]).all() for column in ("obs", "next_obs", "rewards"))
+                cause = SMALLER if sound else f"nor is what --env {self.args.env} gave"
+                raise self._diverged(f"{name} of seed {seed}", cause)
         begin = self.iteration * self.steps_per_iteration
         end = begin + self.steps_per_iteration
         done = (rollout["terminated"] | rollout["truncated"]).cpu().numpy()
@@ -228,14 +274,24 @@ class Run:
             self.logs.scalars(index, end, {"eval/episodic_return": value, "eval/episodic_length": length})
 
     def checkpoint(self) -> None:
-        """Save the training state, and where the logs stood."""
+        """Save the training state, and where the logs stood.
+
+        Raises:
+            FloatingPointError: if a parameter is not finite; the last checkpoint stays.
+            OSError: if the disk refuses; the last checkpoint and the logs until then stay.
+        """
+        state = self.state()
+        if not all(torch.isfinite(x).all() for x in flatten(state["params"]).values()):
+            raise self._diverged("a parameter", SMALLER)
         progress = {
+            "group": self.logs.config["group"],
             "iteration": self.iteration,
             "elapsed": self.elapsed,
             "recent": self.recent,
             "logs": self.logs.state_dict(),
         }
-        checkpoint.save(self.logs.checkpoint_folder, {"state": self.state(), "run": progress})
+        checkpoint.save(self.logs.checkpoint_folder, {"state": state, "run": progress})
+        self.checkpointed = self.iteration
 
     def finish(self, params: dict[str, Tensor], normalizer: Any) -> None:
         """Write each seed's parameters and statistics as model.safetensors, and say where everything is."""
@@ -255,14 +311,16 @@ class Run:
     def _due(self, every: int) -> bool:
         return _crosses(self.iteration - 1, self.steps_per_iteration, every)
 
-    def _fail(self, name: str, row: Sequence[float], rollout: dict[str, Tensor]) -> None:
-        seed = self.args.seeds[[math.isfinite(x) for x in row].index(False)]
-        finite = all(torch.isfinite(rollout[column]).all() for column in ("obs", "next_obs", "rewards"))
-        cause = f"{name} is not finite" if finite else "an observation or reward is not finite"
-        raise FloatingPointError(
-            f"seed {seed}, step {self.iteration * self.steps_per_iteration}: {cause}; the last checkpoint in "
-            f"{self.logs.checkpoint_folder} is sound. A smaller --learning-rate is the usual cure"
-        )
+    def _stopped(self, number: int) -> Stopped:
+        step = self.checkpointed * self.steps_per_iteration
+        how = f"checkpointed at step {step}; continue with --resume {self.logs.folders[0]}"
+        return Stopped(f"{signal.Signals(number).name}: stopped, {how}", 128 + number)
+
+    def _diverged(self, what: str, cause: str) -> FloatingPointError:
+        self.logs.flush()  # the way there
+        begin, saved = (i * self.steps_per_iteration for i in (self.iteration, self.checkpointed))
+        where = f"{self.logs.checkpoint_folder} keeps the checkpoint of step {saved}"
+        return FloatingPointError(f"{what} is not finite after step {begin}; {cause}; {where}")
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Tensor]:
@@ -286,45 +344,66 @@ def run(train: Callable[[Any], Any], args_type: type[RunArgs], defaults: Callabl
         args_type: the algorithm's Args.
         defaults: gives its defaults for an environment id.
     """
+    status = 2
     try:
         args = parse(sys.argv[1:], args_type, defaults)
-        if args is None:
-            return
+        status = 1
         torch.set_num_threads(args.torch_threads)
         train(args)
-    except Stopped as stopped:
-        raise SystemExit(str(stopped)) from None
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "interrupted", file=sys.stderr)
+        raise SystemExit(stop.status if isinstance(stop, Stopped) else 128 + signal.SIGINT) from None
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("RL_LAB_TRACEBACK"):
             raise
-        raise SystemExit(f"error: {error}") from None
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(status) from None
 
 
-def parse(argv: Sequence[str], args_type: type[RunArgs], defaults: Callable[[str], RunArgs]) -> RunArgs | None:
-    """Flags to Args: defaults by environment, or a run's own for --resume. None where the run is finished already."""
+def parse(argv: Sequence[str], args_type: type[RunArgs], defaults: Callable[[str], RunArgs]) -> RunArgs:
+    """Flags to Args: defaults by environment, or a run's own for --resume; ValueError says which flag is wrong."""
     folder = _given(argv, "--resume")
     if folder is None:
         env_id = _given(argv, "--env")
-        args = tyro.cli(args_type, args=argv, default=defaults(env_id) if env_id else None)
+        try:
+            default = defaults(env_id) if env_id else None
+        except ValueError as error:
+            raise ValueError(f"--env {env_id}: {error}") from None
+        args = _parse(argv, args_type, default)
         print("  ".join(f"{name}={value}" for name, value in args.algorithm_fields()))
         return args
-    config = RunLog.open(Path(folder)).config
-    fields = {f.name for f in dataclasses.fields(args_type)} & config["args"].keys()
-    saved = args_type(
-        **{name: config["args"][name] for name in fields} | {"runs_dir": Path(config["args"]["runs_dir"])}
-    )
-    args = tyro.cli(args_type, args=argv, default=saved)
-    free = {"resume", "checkpoint_every"} | (set() if saved.annealed else {"total_timesteps"})
+    try:
+        config = RunLog.open(Path(folder)).config
+    except ValueError as error:
+        raise ValueError(f"--resume {error}; name one that training made") from None
+    fields = {field.name for field in dataclasses.fields(args_type)} - {"resume"}
+    if config.get("args", {}).keys() != fields:
+        raise ValueError(f"--resume {folder}: a run of {config.get('algo')} with other flags than this command's")
+    saved = args_type(**config["args"] | {"runs_dir": Path(config["args"]["runs_dir"])})
+    args = _parse(argv, args_type, saved)
+    free = {"checkpoint_every"}
+    if args.total_timesteps > saved.total_timesteps and not saved.annealed:
+        free.add("total_timesteps")
     for name in sorted(fields - free):
         if (was := getattr(saved, name)) != (now := getattr(args, name)):
-            flag = f"--{name.replace('_', '-')}"
-            why = "it schedules this run's annealing" if name == "total_timesteps" else "a resumed run keeps its flags"
-            raise ValueError(f"{flag} {now}: the run in {folder} has {was}, and {why}; leave the flag out")
-    finished = (Path(folder) / "model.safetensors").exists()
-    if finished and args.total_timesteps <= saved.total_timesteps:
-        print(f"{folder} is finished: {saved.total_timesteps} steps")
-        return None
+            prolonged = name == "total_timesteps" and now > was
+            why = "which its annealing follows (--no-anneal-lr)" if prolonged else "and a resumed run keeps its flags"
+            raise ValueError(f"{flag(name)} {now}: the run in {folder} has {was}, {why}; leave the flag out")
     return args
+
+
+def _parse(argv: Sequence[str], args_type: type[RunArgs], default: Any) -> RunArgs:
+    """Flags to Args by tyro, which exits with its own message; but what Args refuses is raised here."""
+    shown = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(shown):
+            args: RunArgs = tyro.cli(args_type, args=argv, default=default)
+            return args
+    except SystemExit as exit:
+        if isinstance(exit.__context__, ValueError):
+            raise exit.__context__ from None
+        sys.stderr.write(shown.getvalue())
+        raise
 
 
 def _given(argv: Sequence[str], flag: str) -> str | None:

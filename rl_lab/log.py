@@ -149,6 +149,13 @@ class RunLog:
             file.pending.clear()
             file.cut(size)
 
+    def prolong(self, total_timesteps: int) -> None:
+        """Note in every config.json that the run goes on to `total_timesteps`."""
+        for folder in reversed(self.folders):  # the first one counts, so it comes last
+            config = json.loads((folder / "config.json").read_text())
+            config["total_timesteps"] = config["args"]["total_timesteps"] = total_timesteps
+            replace_file(folder / "config.json", json.dumps(config, indent=2).encode())
+
     def close(self) -> None:
         try:
             self.flush()

@@ -1,0 +1,106 @@
+"""Training commands in processes of their own that start in milliseconds, so that many can be stopped and killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# It imports what takes seconds, computes nothing (a fork after that may hang), and forks a child for each request.
+SERVER = """
+import json, os, runpy, sys, traceback
+import rl_lab.algorithms.ppo, rl_lab.envs.mujoco, torch._dynamo
+for request in sys.stdin:
+    flags, before, output = json.loads(request)
+    if (pid := os.fork()) == 0:
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        for number, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(f"{output}/{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        sys.argv, status = ["ppo", *flags], 1
+        try:
+            exec(before, {})
+            runpy.run_module("rl_lab.ppo", run_name="__main__")
+            status = 0
+        except SystemExit as stop:
+            status = stop.code or 0
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(status)  # the interpreter would take a second to tidy up
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+# Ten iterations of 32 steps, checkpoints after each third or fourth.
+TINY = (
+    "--no-compile --device cpu --total-timesteps 320 --num-envs 2 --num-steps 16 --num-minibatches 2 --update-epochs 2 "
+    "--checkpoint-every 100"
+).split()
+
+
+@dataclass
+class Ended:
+    """What a command left: its exit status (negative for the signal that killed it), and what it printed."""
+
+    status: int
+    out: str
+    err: str
+
+
+class Lab:
+    """Runs `python -m rl_lab.ppo`, one process at a time."""
+
+    def __init__(self, output: Path) -> None:
+        self._output = output
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.server = subprocess.Popen([sys.executable, "-c", SERVER], cwd=ROOT, env=environment, **pipes)
+
+    def start(self, *flags: object, before: str = "") -> int:
+        """Start the command after some Python statements and return its process id; `wait` comes next."""
+        assert self.server.stdin and self.server.stdout
+        self.server.stdin.write(json.dumps(([*map(str, flags)], before, str(self._output))) + "\n")
+        self.server.stdin.flush()
+        return int(self.server.stdout.readline())
+
+    def wait(self) -> Ended:
+        assert self.server.stdout
+        status = int(self.server.stdout.readline())
+        return Ended(status, *((self._output / name).read_text() for name in ("out", "err")))
+
+    def run(self, *flags: object, before: str = "") -> Ended:
+        self.start(*flags, before=before)
+        return self.wait()
+
+    def train(self, runs_dir: Path, *flags: object, before: str = "") -> Ended:
+        """A new run of a few hundred steps."""
+        return self.run("--runs-dir", runs_dir, *TINY, *flags, before=before)
+
+    def trained(self, runs_dir: Path, *flags: object, before: str = "") -> list[Path]:
+        """The same, to its end: its run folders."""
+        ended = self.train(runs_dir, *flags, before=before)
+        assert (ended.status, ended.err) == (0, "")
+        return self.folders(runs_dir)
+
+    @staticmethod
+    def folders(runs_dir: Path) -> list[Path]:
+        """The run folders in `runs_dir`, in the order of their seeds."""
+        return sorted(runs_dir.iterdir(), key=lambda folder: int(folder.name.split("__")[2]))
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    lab = Lab(tmp_path_factory.mktemp("output"))
+    yield lab
+    assert lab.server.stdin
+    lab.server.stdin.close()
+    lab.server.wait()

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from rl_lab import checkpoint
+from rl_lab.compiler import NoCompiler
 from rl_lab.episodes import evaluate, evaluation_seeds
 from rl_lab.log import Progress, RunLog
 from rl_lab.rollout import merge_seeds, split_seeds
@@ -353,7 +354,7 @@ def run(train: Callable[[Any], Any], args_type: type[RunArgs], defaults: Callabl
     except KeyboardInterrupt as stop:
         print(str(stop) or "interrupted", file=sys.stderr)
         raise SystemExit(stop.status if isinstance(stop, Stopped) else 128 + signal.SIGINT) from None
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, NoCompiler) as error:
         if os.environ.get("RL_LAB_TRACEBACK"):
             raise
         print(f"error: {error}", file=sys.stderr)

@@ -57,6 +57,10 @@ def _unaliased(carry: Any, y: Any) -> tuple[Any, Any]:
     return pytree.tree_map(torch.clone, carry), pytree.tree_map(torch.clone, y)
 
 
+class NoCompiler(RuntimeError):
+    """There is no C++ compiler; the message says what would work."""
+
+
 class Compiled:
     """A pure function, compiled at its first call for arguments like those, or loaded from the cache.
 
@@ -66,7 +70,7 @@ class Compiled:
             with this package's sources, the versions and the processor.
         enabled: False calls `function` eagerly, for debugging.
     Raises:
-        RuntimeError: at the first call, if there is no C++ compiler; the message says what would work.
+        NoCompiler: at the first call.
     """
 
     def __init__(self, function: Function, key: object, enabled: bool = True) -> None:
@@ -127,7 +131,7 @@ def _compile(function: Function, leaves: list[Tensor], treespec: pytree.TreeSpec
         return tuple(x.clone() for x in outputs)  # outputs that are inputs, or each other, would be shared
 
     if not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
-        raise RuntimeError(
+        raise NoCompiler(
             "--compile needs a C++ compiler (g++ or clang++) and found none; install one or pass --no-compile"
         )
     work = folder.with_name(f"{folder.name}.{os.getpid()}")  # beside, then renamed: two processes may compile at once

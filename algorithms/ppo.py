@@ -38,7 +38,7 @@ from torch.func import grad_and_value, vmap
 from rl_lab.cli import Run, RunArgs, run
 from rl_lab.compiler import Compiled, scan
 from rl_lab.envs import make
-from rl_lab.networks import Params, init_mlp, mlp
+from rl_lab.networks import Params, init_mlp, mlp, pack, unpack
 from rl_lab.normalize import init_moments, standardize, update_moments
 from rl_lab.optim import AdamState, adam, clip_gradients, init_adam
 from rl_lab.returns import gae
@@ -277,7 +277,9 @@ def advantages(params: Params, rollout: Rollout, actions: Actions, args: Args) -
     terminated, truncated = rollout["terminated"], rollout["truncated"]
     if args.semantics == "cleanrl":
         terminated = terminated | truncated
-    adv = gae(rollout["rewards"].float(), values, next_values, terminated, truncated, args.gamma, args.gae_lambda)  # detail 5
+    adv = gae(
+        rollout["rewards"].float(), values, next_values, terminated, truncated, args.gamma, args.gae_lambda
+    )  # detail 5
     inputs = {name: flat[name] for name in ("obs", "mask") if name in flat}
     targets = {"logprobs": logprobs, "values": values, "advantages": adv, "returns": adv + values}
     return {**inputs, "actions": flat["actions"], **{name: x.flatten() for name, x in targets.items()}}
@@ -332,7 +334,8 @@ def learn(
     """All epochs of minibatch updates on one rollout.
 
     Args:
-        params, opt: with leading seed axis S.
+        params: with leading seed axis S.
+        opt: likewise, of the packed parameters {"all": (S, P)}: one vector is cheaper to update than a dozen tensors.
         rollout: (T, B, ...) as collected.
         shuffles: (E * M, S, minibatch) int64; each epoch's M rows cover every index once (detail 6).
         learning_rate: ()
@@ -343,27 +346,33 @@ def learn(
     num_seeds = shuffles.shape[1]
     rollout = split_seeds(rollout, num_seeds, dim=1)
     data = vmap(partial(advantages, actions=actions, args=args), in_dims=(0, 1))(params, rollout)
+    as_dict = vmap(partial(unpack, layout={name: p.shape[1:] for name, p in params.items()}))
     epoch_ends = torch.arange(1, len(shuffles) + 1, device=shuffles.device) % args.num_minibatches == 0
+    active = torch.ones(num_seeds, dtype=torch.bool, device=shuffles.device)  # until --target-kl stops a seed
 
     def minibatch(carry: Any, x: tuple[Tensor, Tensor]) -> tuple[Any, dict[str, Tensor]]:
-        params, opt, kl, active = carry
+        (packed, opt), *stop = carry
         indices, epoch_ends = x
         batch = vmap(lambda data, i: {name: column[i] for name, column in data.items()})(data, indices)
-        grads, metrics = gradients(params, batch)
-        new = vmap(partial(step, args=args), in_dims=(0, 0, 0, None))(params, opt, grads, learning_rate)
-        metrics["active"] = active
-        if args.target_kl is None:
-            return (*new, kl, active), metrics
-        new = pytree.tree_map(
-            lambda n, o: torch.where(active.reshape(-1, *[1] * (n.ndim - 1)), n, o), new, (params, opt)
+        grads, metrics = gradients(as_dict(packed["all"]), batch)
+        new = vmap(partial(step, args=args), in_dims=(0, 0, 0, None))(
+            packed, opt, {"all": vmap(pack)(grads)}, learning_rate
         )
+        if args.target_kl is None:
+            return (new,), metrics
+        kl, active = stop
+        new = pytree.tree_map(
+            lambda n, o: torch.where(active.reshape(-1, *[1] * (n.ndim - 1)), n, o), new, (packed, opt)
+        )
+        metrics["active"] = active
         kl = metrics["approx_kl"] if args.semantics == "cleanrl" else kl + metrics["approx_kl"] / args.num_minibatches
         active = active & ~(epoch_ends & (kl > args.target_kl))
-        return (*new, torch.where(epoch_ends, 0.0, kl), active), metrics
+        return (new, torch.where(epoch_ends, 0.0, kl), active), metrics
 
-    active = torch.ones(num_seeds, dtype=torch.bool, device=shuffles.device)
-    (params, opt, *_), metrics = scan(minibatch, (params, opt, active.float() * 0, active), (shuffles, epoch_ends))
-    active = metrics.pop("active")
+    carry = (({"all": vmap(pack)(params)}, opt), *(() if args.target_kl is None else (active.float() - 1, active)))
+    ((packed, opt), *_), metrics = scan(minibatch, carry, (shuffles, epoch_ends))
+    params = as_dict(packed["all"])
+    active = metrics.pop("active", active.expand(len(shuffles), -1))
     last = active.sum(0, keepdim=True) - 1  # as CleanRL logs: the last minibatch taken, clipfrac over all taken
     logged = {f"losses/{name}": x.gather(0, last).squeeze(0) for name, x in metrics.items()}
     logged["losses/clipfrac"] = (metrics["clipfrac"] * active).sum(0) / active.sum(0)
@@ -381,7 +390,7 @@ def train(args: Args) -> Run:
     generators = args.generators()
     agents = [init_params(math.prod(env.observation_space.shape), actions, g) for g in generators]
     params = {name: torch.stack([agent[name] for agent in agents]) for name in agents[0]}
-    opt = contiguous(vmap(init_adam)(params))
+    opt = contiguous(vmap(init_adam)({"all": vmap(pack)(params)}))
     normalizer, obs = contiguous(vmap(partial(begin, args=args))(split_seeds(env.reset(), args.num_seeds)))
     key = ("ppo", args.algorithm_fields(), actions)
     act_one, observe_one = partial(act, actions=actions), partial(observe, args=args) if args.normalize else None

@@ -93,11 +93,11 @@ class MujocoEnv(VectorEnv):
         rewards = task.reward(before, after, controls, terminated)
         next_obs = obs = tensor(task.observe(after))
 
+        self._returns = self._returns + rewards
         if len(self._ended):  # by the step before, so their totals are over
-            self._returns[self._ended], self._starts[self._ended] = 0.0, self._clock
+            self._returns[self._ended], self._starts[self._ended] = rewards[self._ended], self._clock
             self._ended, self._deadline = self._ended[:0], int(self._starts.min()) + task.max_episode_steps
         self._clock += 1
-        self._returns += rewards
         late = self._clock >= self._deadline  # no row reaches its time limit before
         if late:
             truncated = self._clock - self._starts >= task.max_episode_steps

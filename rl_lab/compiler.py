@@ -57,6 +57,9 @@ def _unaliased(carry: Any, y: Any) -> tuple[Any, Any]:
     return pytree.tree_map(torch.clone, carry), pytree.tree_map(torch.clone, y)
 
 
+_NEVER_TRACED = {"__init__", "__main__", "checkpoint", "cli", "compare", "evaluate", "log"}
+
+
 class NoCompiler(RuntimeError):
     """There is no C++ compiler; the message says what would work."""
 
@@ -142,7 +145,9 @@ def _compile(function: Function, leaves: list[Tensor], treespec: pytree.TreeSpec
         leaves = [x.clone() for x in leaves]  # two arguments may be one tensor today and two tomorrow
         graph = make_fx(flat, tracing_mode="fake")(*leaves)
         program = torch.export.export(graph, tuple(leaves))
-        torch._inductor.aoti_compile_and_package(program, package_path=str(work / "graph.pt2"))
+        torch._inductor.aoti_compile_and_package(
+            program, package_path=str(work / "graph.pt2"), inductor_configs={"cpp.use_decompose_tanh": True}
+        )
     (work / "tree.json").write_text(json.dumps(pytree.treespec_dumps(outspec[-1])))
     try:
         work.rename(folder)
@@ -153,15 +158,11 @@ def _compile(function: Function, leaves: list[Tensor], treespec: pytree.TreeSpec
 @cache
 def _toolchain() -> tuple[str, ...]:
     """What a compiled graph depends on besides its function: sources, torch, processor, threads."""
-    sources = hashlib.sha256()
-    root = Path(__file__).parent
-    for path in sorted([*root.glob("*.py"), *(root / "algorithms").glob("*.py"), *(root / "envs").glob("*.py")]):
-        sources.update(path.read_bytes())
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = (
-        {line for line in cpuinfo.read_text().splitlines() if line.startswith(("flags", "Features"))}
-        if cpuinfo.exists()
-        else set()
-    )
+    root, sources = Path(__file__).parent, hashlib.sha256()
+    for path in sorted([*root.glob("*.py"), *root.glob("algorithms/*.py")]):
+        if path.stem not in _NEVER_TRACED:  # an environment's source is in its own key
+            sources.update(path.read_bytes())
+    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    flags = {line for line in cpuinfo.splitlines() if line.startswith(("flags", "Features"))}
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return sources.hexdigest(), torch.__version__, repr(sorted(flags)), gpu, str(torch.get_num_threads())

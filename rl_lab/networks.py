@@ -35,3 +35,14 @@ def mlp(params: Params, name: str, x: Tensor, num_layers: int = 3) -> Tensor:
         if layer < num_layers - 1:
             x = torch.tanh(x)
     return x
+
+
+def pack(params: Params) -> Tensor:
+    """All parameters in one vector (P,)."""
+    return torch.cat([p.flatten() for p in params.values()])
+
+
+def unpack(vector: Tensor, layout: dict[str, torch.Size]) -> Params:
+    """The views of a packed vector (P,), by name and shape."""
+    parts = vector.split([shape.numel() for shape in layout.values()])
+    return {name: part.view(shape) for (name, shape), part in zip(layout.items(), parts, strict=True)}

@@ -14,6 +14,8 @@ info dictionary. `terminated` (the task ended) and `truncated` (a time limit cut
 from __future__ import annotations
 
 import abc
+import inspect
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -35,7 +37,7 @@ class Step(NamedTuple):
 
 
 class VectorEnv(abc.ABC):
-    """B = len(seeds) * num_envs environments with autoreset.
+    """B = len(seeds) * num_envs environments with autoreset. Every tensor handed out is new: later steps leave it alone.
 
     Attributes:
         observation_space, action_space: of one environment.
@@ -157,9 +159,10 @@ class TensorEnv(VectorEnv):
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What a compiled `dynamics` depends on: the class and its plain settings."""
+        """What a compiled `dynamics` depends on: the class, its module's source and the instance's plain settings."""
         plain = {name: x for name, x in vars(self).items() if isinstance(x, int | float | str | bool | tuple)}
-        return type(self).__module__, type(self).__qualname__, sorted(plain.items(), key=str)
+        source = inspect.getsource(sys.modules[type(self).__module__])
+        return type(self).__qualname__, source, sorted(plain.items(), key=str)
 
     @property
     def episode_returns(self) -> Tensor:  # type: ignore[override]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import math
-import os
 import random
+import re
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,3 +111,132 @@ def test_killed_at_ten_random_moments(lab: Lab, tmp_path: Path, flags: list[str]
         parts = [moments.randrange(1, count // 5) for _ in range(5)]
         folders = killed_and_resumed(lab, tmp_path / name, flags, before, parts)
         assert record(folders) == record(lab.folders(tmp_path / name / "whole")), parts
+
+
+@pytest.fixture(scope="module")
+def whole(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What an uninterrupted tiny run of two seeds leaves."""
+    return record(lab.trained(tmp_path_factory.mktemp("whole"), "--num-seeds", 2))
+
+
+SPOILED = """
+import torch
+from rl_lab.envs.classic import CLASSIC
+task, seen = CLASSIC["CartPole-v1"], [0]
+whole = task.{part}
+def spoiled(self, *arguments):
+    seen[0] += 1
+    found = whole(self, *arguments)
+    if seen[0] < {calls}:
+        return found
+    return found * torch.nan if "{part}" == "observe" else (found[0], found[1] * torch.nan, found[2])
+task.{part} = spoiled
+"""
+FULL = """
+import resource, rl_lab.log, rl_lab.checkpoint
+whole, seen = {module}.{name}, [0]
+def full(*arguments, **named):
+    seen[0] += 1
+    if seen[0] == {calls}:
+        resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))
+    return whole(*arguments, **named)
+{module}.{name} = full
+"""
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (SPOILED.format(part="transition", calls=16 * 6 + 3), "nor is what --env CartPole-v1 gave; .* of step 128"),
+        (SPOILED.format(part="observe", calls=16 * 6 * 3 + 3), "nor is what --env CartPole-v1 gave; .* of step"),
+        (
+            FULL.format(module="rl_lab.checkpoint", name="save", calls=3, size=9000),
+            "File too large: .*checkpoint.*--resume",
+        ),
+        (
+            FULL.format(module="rl_lab.log.RunLog", name="flush", calls=3, size=3000),
+            "File too large: .*events.*--resume",
+        ),
+    ],
+    ids=["reward is NaN", "observation is NaN", "no room for a checkpoint", "no room for events"],
+)
+def test_nothing_is_lost_by_a_fault(lab: Lab, tmp_path: Path, whole: dict[str, Any], fault: str, message: str) -> None:
+    ended = lab.train(tmp_path, "--num-seeds", 2, before=fault)
+    assert ended.status == 1 and re.fullmatch(rf"error: [^\n]*{message}[^\n]*\n", ended.err), ended.err
+    folders = lab.folders(tmp_path)
+    assert lab.run("--resume", folders[1]).status == 0
+    assert record(folders) == whole
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(lab: Lab, tmp_path: Path, whole: dict[str, Any]) -> None:
+    folders = lab.trained(tmp_path, "--num-seeds", 2)
+    path = folders[0] / checkpoint.NAME
+    path.write_bytes(path.read_bytes()[:-9])
+    ended = lab.run("--resume", folders[0])
+    assert ended.status == 0 and f"{path} is damaged" in ended.err and checkpoint.PREVIOUS in ended.err
+    assert "is finished" not in ended.out
+    assert record(folders) == whole
+
+
+def test_a_finished_run_says_so_and_stays(lab: Lab, tmp_path: Path, whole: dict[str, Any]) -> None:
+    folders = lab.trained(tmp_path, "--num-seeds", 2)
+    ended = lab.run("--resume", folders[1])
+    assert (ended.status, ended.err) == (0, "") and f"{folders[0]} is finished: 320 steps" in ended.out
+    assert record(folders) == whole
+
+
+def test_a_run_killed_after_its_last_checkpoint_gets_its_model(lab: Lab, tmp_path: Path, whole: dict[str, Any]) -> None:
+    folders = lab.trained(tmp_path, "--num-seeds", 2)
+    for folder in folders:
+        (folder / "model.safetensors").unlink()
+    assert lab.run("--resume", folders[0]).status == 0
+    assert record(folders) == whole
+
+
+def test_a_run_without_annealing_can_be_prolonged(lab: Lab, tmp_path: Path) -> None:
+    flags = ["--num-seeds", 2, "--no-anneal-lr"]
+    long = record(lab.trained(tmp_path / "long", *flags, "--total-timesteps", 640))
+    folders = lab.trained(tmp_path / "short", *flags)
+    ended = lab.run("--resume", folders[1], "--total-timesteps", 640, before=WRITES.format(moment=14))
+    assert ended.status == -signal.SIGKILL
+    assert lab.run("--resume", folders[1]).status == 0  # the longer aim is remembered
+    assert record(folders) == long
+    for folder in folders:
+        config = json.loads((folder / "config.json").read_text())
+        assert (config["total_timesteps"], config["args"]["total_timesteps"]) == (640, 640)
+    assert "is finished: 640 steps" in lab.run("--resume", folders[0]).out
+
+
+def test_a_seed_decides_everything(lab: Lab, tmp_path: Path, whole: dict[str, Any]) -> None:
+    assert record(lab.trained(tmp_path / "again", "--num-seeds", 2)) == whole
+    other = record(lab.trained(tmp_path / "other", "--seed", 2))
+    for name in ("episodes 0", "events 0", "model 0"):
+        assert other[name] != whole[name]
+    assert other["episodes 0"] == whole["episodes 1"]  # seed 2, alone and beside seed 1
+
+
+def test_logs_are_cleanrls(lab: Lab, tmp_path: Path) -> None:
+    """Its tags, and its global_step: the steps of the seed's two environments together.
+
+    Both time limits are five steps, so that episodes end at steps 10, 10, 20, 20, ... of 320.
+    """
+    limit = "from rl_lab.envs.classic import CLASSIC; CLASSIC['CartPole-v1'].max_episode_steps = 5"
+    (folder,) = lab.trained(tmp_path, before=limit)
+    rows = [f"{step},5.0,5" for step in range(10, 321, 10) for _ in range(2)]
+    episodes = gzip.decompress((folder / "episodes.csv.gz").read_bytes()).decode().splitlines()
+    assert episodes == ["global_step,episodic_return,episodic_length", *rows]
+    found: dict[str, list[tuple[int, float]]] = {}
+    for event in events(folder):
+        for value in event.summary.value:
+            found.setdefault(value.tag, []).append((event.step, value.simple_value))
+    losses = "value_loss policy_loss entropy old_approx_kl approx_kl clipfrac explained_variance".split()
+    charts = "episodic_return episodic_length learning_rate SPS".split()
+    tags = {*(f"losses/{name}" for name in losses), *(f"charts/{name}" for name in charts)}
+    assert found.keys() == tags | {"hyperparameters/text_summary"}
+    for tag in ("charts/episodic_return", "charts/episodic_length"):
+        assert found[tag] == [(step, 5.0) for step in range(10, 321, 10) for _ in range(2)]
+    for tag in tags - {"charts/episodic_return", "charts/episodic_length"}:
+        assert [step for step, _ in found[tag]] == list(range(32, 321, 32)), tag
+    rates = [value for _, value in found["charts/learning_rate"]]
+    assert rates == pytest.approx([2.5e-4, 2.25e-4, 2e-4, 1.75e-4, 1.5e-4, 1.25e-4, 1e-4, 7.5e-5, 5e-5, 2.5e-5])
+    assert all(math.isfinite(value) for tag in tags for _, value in found[tag])

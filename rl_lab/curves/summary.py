@@ -1,0 +1,206 @@
+"""Keeps compact results of training runs and makes the table and the plot that the README shows of them.
+
+python -m rl_lab.curves.summary ppo runs/ppo/CartPole-v1__*      keep the results of these runs, then as below
+python -m rl_lab.curves.summary ppo                              judge all results kept, make table and plot
+
+runs/results/{algo}/{script}__{env}.csv.gz, .json    episodes of all seeds and how they came about, in the form of
+                                                     a reference set: `rl_lab.compare` reads them too
+runs/results/{algo}.png                              learning curves over the reference's
+README.md                                            the table, between <!-- results:{algo} --> and its end
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import NormalDist
+
+import matplotlib
+import numpy as np
+import tyro
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from rl_lab.curves import plot, statistics, store
+from rl_lab.curves.compare import Equivalence, Result, common_budget, find_reference, judge
+from rl_lab.curves.statistics import Floats, Interval
+from rl_lab.curves.store import Run
+
+LEVEL = 0.95  # of the intervals shown; the verdicts rest on the harness's own, of 90 %
+RESULTS = Path("runs/results")
+COLUMNS = 3  # of the plot
+
+
+def keep(runs: Sequence[Run], target: Path) -> Path:
+    """Write the episodes of all seeds of one training process, and what it takes to do it again.
+
+    Args:
+        runs: run folders of this project, every seed that was trained together.
+        target: folder of the results of this algorithm.
+    Returns:
+        the CSV written; equal input gives equal bytes.
+    Raises:
+        ValueError: if a seed is missing or foreign, or a run was stopped early.
+    """
+    first = min(runs, key=lambda run: run.seed)
+    trained, given = first.config.get("group", []), [run.path.resolve().name for run in runs]
+    if sorted(trained) != sorted(given):
+        raise ValueError(
+            f"{first.path} was trained with {len(trained)} seeds in all, of which "
+            f"{len(set(trained) & set(given))} are among the {len(given)} runs given: give all of them and no others"
+        )
+    note = {"script": first.script, "env": first.env, "algo": first.algo, "seeds": first.config["seeds"]}
+    note |= {"total_timesteps": common_budget(runs), "semantics": first.config["semantics"]}
+    # The folder as it is named here, not as it lay on the machine that trained.
+    note["command"] = first.config["command"].replace(first.config["args"]["runs_dir"], str(first.path.parent))
+    note |= {name: first.config[name] for name in ("versions", "git_commit", "hardware")}
+    lines = ["seed,global_step,episodic_return"]
+    for run in sorted(runs, key=lambda run: run.seed):
+        lines += [f"{run.seed},{int(t)},{r:.9g}" for t, r in zip(run.steps, run.returns, strict=True)]
+    target.mkdir(parents=True, exist_ok=True)
+    path = target / f"{first.script}__{first.env}.csv.gz"
+    path.write_bytes(gzip.compress("\n".join([*lines, ""]).encode(), mtime=0))
+    path.with_name(f"{first.script}__{first.env}.json").write_text(json.dumps(note, indent=1) + "\n")
+    return path
+
+
+def judge_all(folder: Path) -> list[Result]:
+    """Every result kept in a folder against CleanRL's."""
+    results = []
+    for path in sorted(folder.glob("*__*.csv.gz")):
+        note = store.provenance(path)
+        runs = [dataclasses.replace(run, config=note) for run in store.load(path)]
+        results.append(judge(runs, find_reference("cleanrl", note["script"], note["env"])))
+    return results
+
+
+def interval(scores: Floats) -> Interval:
+    """IQM of (..., R) scores with its interval at LEVEL, stretched for few runs as the harness's are."""
+    runs, tail = scores.shape[-1], (1 + LEVEL) / 2
+    stretch = math.sqrt(runs / (runs - 1)) * statistics.t_quantile(tail, runs - 1) / NormalDist().inv_cdf(tail)
+    iqm = statistics.iqm(scores)
+    deviations = statistics.iqm(statistics.resample(scores, np.random.default_rng(0))) - iqm
+    low, high = np.quantile(deviations, [1 - tail, tail], axis=0) * stretch
+    return Interval(iqm, iqm + low, iqm + high)
+
+
+def table(results: Sequence[Result]) -> str:
+    """Markdown: a row for each result."""
+    header = ["environment", "seeds", "ours, IQM [95 %]", "ours, mean ± std", "CleanRL measured, IQM [95 %]",
+              "CleanRL published, mean ± std", "score", "area"]  # fmt: skip
+    rows = [header, ["---"] * 2 + ["---:"] * 4 + ["---"] * 2]
+    for result in results:
+        ours, seeds = result.scores["ours"], f"{len(result.seeds['ours'])}"
+        measured, published, score, area = "–", "–", result.verdict, "–"
+        if result.tests:
+            seeds += f" : {len(result.seeds['reference'])}"
+            source = f"rl_lab/curves/reference/{result.script}__{result.env}.json"
+            measured = f"[{_interval(result.scores['reference'])}]({source})"
+            score, area = map(_verdict, result.tests)
+        for row in store.published(result.script, result.env):
+            document, _, line = row["source"].partition(":")
+            source = f"https://github.com/vwxyzjn/cleanrl/blob/{row['commit']}/{document}?plain=1#L{line}"
+            published = f"[{_number(float(row['mean']))} ± {_number(float(row['std']))}]({source})"
+        mean = f"{_number(ours.mean())} ± {_number(ours.std())}"
+        rows.append([result.env, seeds, _interval(ours), mean, measured, published, score, area])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def insert(readme: Path, algo: str, text: str) -> None:
+    """Put `text` between the markers of `algo` in a Markdown file.
+
+    Raises:
+        ValueError: if they are not there, once each and in order.
+    """
+    begin, end = f"<!-- results:{algo} -->\n", f"<!-- /results:{algo} -->\n"
+    head, *rest = readme.read_text(encoding="utf-8").split(begin)
+    if len(rest) != 1 or rest[0].count(end) != 1:
+        raise ValueError(f"{readme} needs the lines {begin.strip()} and {end.strip()} once each, the table between")
+    readme.write_text(head + begin + text + "\n" + end + rest[0].split(end)[1], encoding="utf-8")
+
+
+def draw(results: Sequence[Result]) -> Figure:
+    """Small multiples: ours over the reference's band, or over the published figure where no runs were measured."""
+    rows = math.ceil(len(results) / COLUMNS)
+    with matplotlib.rc_context(plot.STYLE):
+        figure = Figure(figsize=(10.5, 0.5 + 2.55 * rows), layout="constrained")
+        panels = figure.subplots(rows, COLUMNS, squeeze=False).flatten()
+        handles: dict[str, Artist] = {}
+        for axes, result in zip(panels, results, strict=False):
+            _panel(axes, result)
+            handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+        for axes in panels[len(results) :]:
+            axes.remove()
+        lines, labels = list(handles.values()), list(handles)
+        figure.legend(lines, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=10)
+    return figure
+
+
+def _panel(axes: Axes, result: Result) -> None:
+    for side, label in (("reference", "CleanRL, measured: IQM and 95 % interval"), ("ours", "rl_lab: the same")):
+        if side not in result.curves:
+            continue
+        curves, colour = result.curves[side], plot.COLOURS[side]
+        steps = (np.arange(curves.shape[1]) + 0.5) * result.budget / curves.shape[1]
+        iqm, *band = interval(curves.T)
+        low, high = np.clip(band, curves.min(), curves.max())  # no return beyond those seen
+        axes.fill_between(steps, low, high, color=colour, alpha=0.22, linewidth=0)
+        axes.plot(steps, iqm, color=colour, linewidth=1.8, label=label)
+    if not result.tests:
+        for row in store.published(result.script, result.env):
+            mean, std, label = float(row["mean"]), float(row["std"]), "CleanRL, published: mean ± std at the end"
+            axes.errorbar(result.budget, mean, std, fmt="D", color=plot.COLOURS["reference"], markersize=5, capsize=3,
+                          label=label, clip_on=False, zorder=5)  # fmt: skip
+    axes.set_title(result.env, loc="left", fontsize=10.5, fontweight="bold")
+    axes.set_title(result.verdict, loc="right", fontsize=9.5)
+    axes.set_xlim(0, result.budget)
+    axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g}M" if x >= 1e6 else f"{x / 1e3:g}k" if x else "0")
+    axes.grid(axis="y", color=plot.INK, alpha=0.12, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0)
+
+
+def _number(x: float) -> str:
+    return f"{x:,.1f}" if abs(x) < 1000 else f"{x:,.0f}"
+
+
+def _interval(scores: Floats) -> str:
+    iqm, low, high = map(float, interval(scores))
+    return f"{_number(iqm)} [{_number(low)}, {_number(high)}]"
+
+
+def _verdict(test: Equivalence) -> str:
+    needed = f", about {test.seeds_needed} a side would decide" if test.seeds_needed else ""
+    return f"{test.verdict} (±{_number(test.margin)}{needed})"
+
+
+def main(algo: tyro.conf.Positional[str], runs: tyro.conf.Positional[tuple[Path, ...]] = ()) -> None:
+    """Keep the results of runs; make the table in README.md and the plot of all that are kept.
+
+    Args:
+        algo: whose results.
+        runs: run folders to keep, those of one environment: every seed that was trained together.
+    """
+    try:
+        if runs:
+            print(keep([run for path in runs for run in store.load(path)], RESULTS / algo))
+        results = judge_all(RESULTS / algo)
+        if not results:
+            raise ValueError(f"{RESULTS / algo} keeps no results: name run folders")
+        (RESULTS / f"{algo}.png").write_bytes(plot.png(draw(results)))
+        print(table(results))
+        if Path("README.md").is_file():
+            insert(Path("README.md"), algo, table(results))
+    except ValueError as error:
+        sys.exit(f"summary: {error}")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -41,10 +41,8 @@ for request in sys.stdin:
 """
 
 # Ten iterations of 32 steps, checkpoints after each third or fourth.
-TINY = (
-    "--no-compile --device cpu --total-timesteps 320 --num-envs 2 --num-steps 16 --num-minibatches 2 --update-epochs 2 "
-    "--checkpoint-every 100"
-).split()
+TINY = """--no-compile --device cpu --total-timesteps 320 --num-envs 2 --num-steps 16 --num-minibatches 2
+--update-epochs 2 --checkpoint-every 100"""
 
 
 @dataclass
@@ -83,7 +81,7 @@ class Lab:
 
     def train(self, runs_dir: Path, *flags: object, before: str = "") -> Ended:
         """A new run of a few hundred steps."""
-        return self.run("--runs-dir", runs_dir, *TINY, *flags, before=before)
+        return self.run("--runs-dir", runs_dir, *TINY.split(), *flags, before=before)
 
     def trained(self, runs_dir: Path, *flags: object, before: str = "") -> list[Path]:
         """The same, to its end: its run folders."""

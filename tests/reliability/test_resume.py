@@ -106,11 +106,22 @@ def test_killed_at_ten_random_moments(lab: Lab, tmp_path: Path, flags: list[str]
     """Five of them anywhere, five between two writes."""
     moments = random.Random(0)
     for name, before in (("calls", CALLS), ("writes", WRITES)):
-        whole = lab.train(tmp_path / name / "whole", *flags, before=before.format(moment=0))
-        count = int(whole.out.rpartition("count: ")[2].split()[0])
-        parts = [moments.randrange(1, count // 5) for _ in range(5)]
-        folders = killed_and_resumed(lab, tmp_path / name, flags, before, parts)
-        assert record(folders) == record(lab.folders(tmp_path / name / "whole")), parts
+        kill_five_times(lab, tmp_path / name, flags, before, moments)
+
+
+@pytest.mark.slow
+def test_killed_while_compiled(lab: Lab, tmp_path: Path) -> None:
+    flags = [*CARTPOLE, "--compile"]
+    lab.trained(tmp_path / "cache", *flags)  # so that the compiler's own files do not count
+    kill_five_times(lab, tmp_path / "writes", flags, WRITES, random.Random(0))
+
+
+def kill_five_times(lab: Lab, runs_dir: Path, flags: list[str], before: str, random_: random.Random) -> None:
+    whole = lab.train(runs_dir / "whole", *flags, before=before.format(moment=0))
+    count = int(whole.out.rpartition("count: ")[2].split()[0])
+    moments = [random_.randrange(1, count // 5) for _ in range(5)]
+    folders = killed_and_resumed(lab, runs_dir, flags, before, moments)
+    assert record(folders) == record(lab.folders(runs_dir / "whole")), moments
 
 
 @pytest.fixture(scope="module")
@@ -229,8 +240,8 @@ def test_logs_are_cleanrls(lab: Lab, tmp_path: Path) -> None:
     for event in events(folder):
         for value in event.summary.value:
             found.setdefault(value.tag, []).append((event.step, value.simple_value))
-    losses = "value_loss policy_loss entropy old_approx_kl approx_kl clipfrac explained_variance".split()
-    charts = "episodic_return episodic_length learning_rate SPS".split()
+    losses = ["value_loss", "policy_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac", "explained_variance"]
+    charts = ["episodic_return", "episodic_length", "learning_rate", "SPS"]
     tags = {*(f"losses/{name}" for name in losses), *(f"charts/{name}" for name in charts)}
     assert found.keys() == tags | {"hyperparameters/text_summary"}
     for tag in ("charts/episodic_return", "charts/episodic_length"):

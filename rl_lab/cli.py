@@ -32,6 +32,15 @@ from rl_lab.log import Progress, RunLog
 from rl_lab.rollout import merge_seeds, split_seeds
 from rl_lab.vector import VectorEnv
 
+_UNIT = ("in [0, 1]", lambda x: 0 <= x <= 1)
+_POSITIVE = ("finite and above 0", lambda x: 0 < x < math.inf)
+_WEIGHT = ("finite and 0 or more", lambda x: 0 <= x < math.inf)
+_RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {  # of settings that algorithms share
+    **dict.fromkeys(("gamma", "gae_lambda"), _UNIT),
+    **dict.fromkeys(("learning_rate", "clip_coef", "max_grad_norm", "target_kl"), _POSITIVE),
+    **dict.fromkeys(("ent_coef", "vf_coef"), _WEIGHT),
+}
+
 
 @dataclass(frozen=True)
 class RunArgs:
@@ -67,6 +76,9 @@ class RunArgs:
             if field.type == "int":
                 least = int(field.name not in self.may_be_zero)
                 self.require(field.name, getattr(self, field.name) >= least, f"at least {least}")
+            elif field.name in _RANGES and (value := getattr(self, field.name)) is not None:
+                wanted, valid = _RANGES[field.name]
+                self.require(field.name, valid(value), wanted)
         self.require("seed", self.seed + self.num_seeds <= 2**63, "below 2**63, the last one too")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: torch finds no CUDA device here; --device cpu works")
@@ -97,7 +109,7 @@ class RunArgs:
         return True
 
     def generators(self) -> list[torch.Generator]:
-        """The agents' generators, one a seed, independent of the environments' which start from the seeds themselves."""
+        """One a seed for the agents, independent of the environments', which start from the seeds themselves."""
         states = [np.random.SeedSequence((seed, 1)).generate_state(1, np.uint64)[0] for seed in self.seeds]
         return [torch.Generator(self.torch_device).manual_seed(int(state)) for state in states]
 

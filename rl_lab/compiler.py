@@ -44,7 +44,7 @@ def scan(step: Function, carry: Any, xs: Any) -> tuple[Any, Any]:
     if get_proxy_mode() is not None:
         from torch._higher_order_ops.scan import scan as traced_scan
 
-        return traced_scan(lambda c, x: _unaliased(*step(c, x)), carry, xs)  # type: ignore[no-any-return]
+        return traced_scan(lambda c, x: _unaliased(*step(c, x)), carry, xs)
     ys = []
     for t in range(pytree.tree_leaves(xs)[0].shape[0]):
         carry, y = step(carry, pytree.tree_map(lambda x, t=t: x[t], xs))

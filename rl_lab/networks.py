@@ -1,15 +1,30 @@
-"""Networks as pure functions of a flat dict of parameters, {"actor.0.weight": (out, in), "actor.0.bias": (out,), ...}."""
+"""Networks as pure functions of a dict of parameters, {"actor.0.weight": (out, in), "actor.0.bias": (out,), ...}."""
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
+from typing import Any
 
+import gymnasium as gym
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Params = dict[str, Tensor]
+
+
+def flat_size(space: gym.Space[Any]) -> int:
+    """Numbers in one observation; ValueError unless the space is a Box."""
+    if not isinstance(space, gym.spaces.Box):
+        raise ValueError(f"observations must be in a Box space, not {space}; a Gymnasium wrapper can flatten them")
+    return math.prod(space.shape)
+
+
+def stack(agents: Sequence[Params]) -> Params:
+    """Agents' parameters with a leading seed axis S."""
+    return {name: torch.stack([params[name] for params in agents]) for name in agents[0]}
 
 
 def init_mlp(name: str, sizes: Sequence[int], output_gain: float, generator: torch.Generator) -> Params:

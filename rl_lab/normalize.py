@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from rl_lab.vector import Step
 
 Moments = dict[str, Tensor]
 
@@ -25,12 +29,9 @@ def update_moments(moments: Moments, batch: Tensor, mask: Tensor | None = None) 
         mask: (N,) bool, rows that count; none counting leaves the moments as they are.
     """
     batch = batch.double()
-    weights = torch.ones_like(batch[:1]) if mask is None else mask.double().reshape(-1, *[1] * (batch.ndim - 1))
-    n = (
-        torch.as_tensor(float(batch.shape[0]), dtype=torch.float64, device=batch.device)
-        if mask is None
-        else weights.sum()
-    )
+    # torch.ones, for a tensor made of a Python number would be a constant, which the compiler refuses inside a loop.
+    counts = torch.ones(len(batch), dtype=torch.float64, device=batch.device) if mask is None else mask.double()
+    weights, n = counts.reshape(-1, *[1] * (batch.ndim - 1)), counts.sum()
     batch_mean = (batch * weights).sum(0) / n.clamp(min=1.0)
     batch_squares = ((batch - batch_mean).square() * weights).sum(0)
     delta = batch_mean - moments["mean"]
@@ -42,3 +43,39 @@ def update_moments(moments: Moments, batch: Tensor, mask: Tensor | None = None) 
 def standardize(moments: Moments, x: Tensor, clip: float) -> Tensor:
     """(x - mean) / sqrt(var + 1e-8), clipped to +-clip, as float32."""
     return ((x - moments["mean"]) / (moments["var"] + 1e-8).sqrt()).clamp(-clip, clip).float()
+
+
+def begin(obs: Tensor) -> tuple[dict[str, Any], Tensor]:
+    """A normaliser of one agent that has seen its first observations (N, *obs), and these normalised."""
+    seen = update_moments(init_moments(obs.shape[1:], obs.device), obs)
+    discounted = torch.zeros(len(obs), dtype=torch.float64, device=obs.device)
+    normalizer = {"obs": seen, "returns": init_moments((), obs.device), "discounted": discounted}
+    return normalizer, standardize(seen, obs, clip=10.0)
+
+
+def observe(normalizer: dict[str, Any], step: Step, gamma: float, cleanrl: bool) -> tuple[dict[str, Any], Step]:
+    """Normalise the observations of a step and scale its rewards by running statistics, both clipped to +-10.
+
+    The true successor enters the statistics, then the first observation of a new episode where one begins. Rewards are
+    divided by the standard deviation of the discounted return so far; no mean is subtracted.
+
+    Args:
+        step: of one agent's N environments.
+        gamma: discount of that return.
+        cleanrl: that return is kept where Gymnasium 0.29's NormalizeReward keeps it: a truncation does not end it, and
+            a termination drops the past at the terminal step itself. Else it starts anew after either.
+    """
+    done = step.terminated | step.truncated
+    seen = update_moments(normalizer["obs"], step.next_obs)
+    next_obs = standardize(seen, step.next_obs, clip=10.0)
+    seen = update_moments(seen, step.obs, mask=done)
+    fresh = standardize(seen, step.obs, clip=10.0)
+    obs = torch.where(done.reshape(-1, *[1] * (fresh.ndim - 1)), fresh, next_obs)
+
+    past = normalizer["discounted"] * gamma
+    discounted = torch.where(step.terminated, 0.0, past) + step.rewards if cleanrl else past + step.rewards
+    scale = update_moments(normalizer["returns"], discounted)
+    rewards = (step.rewards / (scale["var"] + 1e-8).sqrt()).clamp(-10.0, 10.0).float()
+    discounted = discounted if cleanrl else torch.where(done, 0.0, discounted)
+    normalizer = {"obs": seen, "returns": scale, "discounted": discounted}
+    return normalizer, Step(next_obs, rewards, step.terminated, step.truncated, obs)

@@ -60,3 +60,8 @@ def gae(
         raise ValueError(f"rewards, values, next_values, terminated, truncated differ in shape: {sorted(shapes)}")
     deltas = rewards + gamma * next_values * ~terminated - values
     return discounted_sum(deltas, gamma * gae_lambda * ~(terminated | truncated))
+
+
+def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
+    """1 - Var(returns - values) / Var(returns) over the last axis; not finite where the returns do not vary."""
+    return 1 - (returns - values).var(-1, correction=0) / returns.var(-1, correction=0)

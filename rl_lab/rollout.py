@@ -6,7 +6,7 @@ The functions handed in are pure and written for one agent: its N environments, 
         inputs: {"obs": (N, *obs)} and, where the environment has one, {"mask": (N, A)}; `actions` are stored,
         `env_actions` are what the environment sees.
     observe(normalizer, step) -> (normalizer, step)
-        running normalisation; None where observations and rewards are taken as they are.
+        `normalize.observe` with its settings; None where observations and rewards are taken as they are.
 
 A `TensorEnv` is stepped inside one compiled loop together with them; any other environment from Python, one compiled
 call of each a step. Values and log-probabilities are not computed here: while a rollout is collected the parameters do
@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from rl_lab.compiler import Compiled, scan
+from rl_lab.normalize import begin
 from rl_lab.vector import Step, TensorEnv, VectorEnv
 
 Inputs = dict[str, Tensor]
@@ -47,14 +48,19 @@ def contiguous(tree: Any) -> Any:
     return pytree.tree_map(lambda x: x.clone(memory_format=torch.contiguous_format), tree)
 
 
+def draw_shuffles(batch: int, epochs: int, minibatches: int, generator: torch.Generator) -> Tensor:
+    """(epochs * minibatches, batch // minibatches) indices: a fresh permutation for each epoch, cut in minibatches."""
+    shuffles = [torch.randperm(batch, generator=generator, device=generator.device) for _ in range(epochs)]
+    return torch.cat(shuffles).reshape(epochs * minibatches, -1)
+
+
 class Collector:
     """Steps the environments, and holds what lies between two rollouts: the normaliser and the observation to act on.
 
     Args:
-        env: B = S * N rows.
+        env: B = S * N rows; is reset here.
         act, observe: see above.
-        normalizer: tree of tensors with a leading seed axis S, handed to `observe`.
-        obs: (B, *obs) the first observations, as `observe` gives them.
+        generators: the agents', one a seed; not used here, but saved with the rest.
         key: what `act` and `observe` close over, for the compiler's cache.
         compile: False runs everything eagerly.
     """
@@ -64,8 +70,7 @@ class Collector:
         env: VectorEnv,
         act: Act,
         observe: Observe | None,
-        normalizer: Any,
-        obs: Tensor,
+        generators: list[torch.Generator],
         key: object,
         compile: bool = True,
     ) -> None:
@@ -88,14 +93,19 @@ class Collector:
                 actions, env_actions = act_rows(params, inputs, x[0])
                 state, step = env.dynamics(state, env_actions, x[1])
                 if observe:
-                    normalizer, step = observe_rows(normalizer, step)
-                    obs = step[-1:]
-                row = _row(inputs, actions, Step(*step), state["episode_returns"], state["episode_lengths"])
+                    normalizer, seen = observe_rows(normalizer, step)
+                    step, obs = Step(*seen), seen[-1:]
+                row = _row(inputs, actions, step, state["episode_returns"], state["episode_lengths"])
                 return (state, normalizer, *obs), row
 
             return scan(body, carry, (noise, draws))
 
-        self.env, self.normalizer, self.obs = env, normalizer, obs
+        self.env, self.generators = env, generators
+        self.normalizer: Any = {}  # of tensors with a leading seed axis S
+        self.obs = env.reset()  # (B, *obs) to act on next, as `observe` gives it
+        if observe:
+            self.normalizer, obs = contiguous(vmap(begin)(split_seeds(self.obs, num_seeds)))
+            self.obs = merge_seeds(obs)
         self._act = Compiled(act_rows, ("act", num_seeds, key), compile)
         self._observe = Compiled(observe_rows, ("observe", num_seeds, key), compile) if observe else None
         if isinstance(env, TensorEnv):
@@ -103,12 +113,15 @@ class Collector:
 
     def state_dict(self) -> dict[str, Any]:
         """The environments' state with what is held here."""
-        return {"env": self.env.state_dict(), "normalizer": self.normalizer, "obs": self.obs}
+        random = {str(seed): g.get_state() for seed, g in zip(self.env.seeds, self.generators, strict=True)}
+        return {"env": self.env.state_dict(), "normalizer": self.normalizer, "obs": self.obs, "generators": random}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`."""
         self.env.load_state_dict(state["env"])
         self.normalizer, self.obs = state["normalizer"], state["obs"]
+        for seed, generator in zip(self.env.seeds, self.generators, strict=True):
+            generator.set_state(state["generators"][str(seed)].cpu())
 
     def collect(self, params: Any, noise: Tensor) -> Rollout:
         """Step every environment T times.

@@ -37,7 +37,7 @@ class Step(NamedTuple):
 
 
 class VectorEnv(abc.ABC):
-    """B = len(seeds) * num_envs environments with autoreset. Every tensor handed out is new: later steps leave it alone.
+    """B = len(seeds) * num_envs environments with autoreset. Tensors handed out are new: later steps leave them alone.
 
     Attributes:
         observation_space, action_space: of one environment.

@@ -20,7 +20,9 @@ from torch import Tensor
 from torch.func import vmap
 
 from rl_lab.algorithms import ppo
-from rl_lab.networks import Params
+from rl_lab.distributions import Actions
+from rl_lab.networks import Params, pack
+from rl_lab.normalize import begin, observe
 from rl_lab.optim import init_adam
 from rl_lab.rollout import Rollout
 from rl_lab.vector import Step
@@ -41,7 +43,7 @@ class Case:
         self.numbers: dict[str, Any] = NUMBERS[name]
         box = name.endswith("box")
         low_high = ((-1.0, -1.0), (1.0, 1.0)) if box else ()
-        self.actions = ppo.Actions((2,) if box else (3,), (2,) if box else (), *low_high)
+        self.actions = Actions((2,) if box else (3,), (2,) if box else (), *low_high)
         self.args = ppo.Args(**self.numbers["flags"])
         blank = ppo.init_params(3 + box, self.actions, torch.Generator())
         self.params = {name: torch.from_numpy(peers.initial(name, p.shape)) for name, p in blank.items()}
@@ -49,12 +51,12 @@ class Case:
         first = stream.pop("first").double()
         ended = stream["terminated"], stream["truncated"]
         assert (ended[0] & ~ended[1]).any() and (ended[1] & ~ended[0]).any() and (ended[0] & ended[1]).any()
-        normalizer, obs = ppo.begin(first, self.args)
+        normalizer, obs = begin(first) if self.args.normalize else ({}, first)
         rows = []
         for t in range(self.args.num_steps):
             step = Step(**{name: column[t] for name, column in stream.items()})
             if self.args.normalize:
-                normalizer, step = ppo.observe(normalizer, step, self.args)
+                normalizer, step = observe(normalizer, step, self.args.gamma, self.args.semantics == "cleanrl")
             rows.append({"obs": obs, **step._asdict() | {"obs": obs}})
             obs = step.obs
         self.rollout: Rollout = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
@@ -92,7 +94,7 @@ def test_normalised_stream_equals_gymnasium_wrappers() -> None:
 
 def test_values_and_advantages(case: Case) -> None:
     """Guards detail 5, detail 25, and a truncation or termination treated otherwise than the peer does."""
-    data = ppo.advantages(case.params, case.rollout, case.actions, case.args)
+    data = ppo.targets(case.params, case.rollout, case.actions, case.args)
     for name in ("values", "logprobs", "advantages", "returns"):
         peer = case.column(name)
         torch.testing.assert_close(data[name].reshape(peer.shape), peer, rtol=1e-6, atol=2e-6)
@@ -100,7 +102,7 @@ def test_values_and_advantages(case: Case) -> None:
 
 def test_each_minibatch(case: Case) -> None:
     """Guards details 3, 7-12 and 25: eight minibatches in a row, the gradient before and the weights after each."""
-    data = ppo.advantages(case.params, case.rollout, case.actions, case.args)
+    data = ppo.targets(case.params, case.rollout, case.actions, case.args)
     params, opt, history = case.params, init_adam(case.params), []
     learning_rate = torch.tensor(case.args.learning_rate)
     for t, indices in enumerate(case.shuffles):
@@ -130,10 +132,10 @@ def test_each_minibatch(case: Case) -> None:
 
 def test_whole_iteration(case: Case) -> None:
     """Guards the loop around the minibatches: their order, the data's flattening, the metrics that are logged."""
-    params, opt = ({name: x.unsqueeze(0) for name, x in case.params.items()} for _ in range(2))
+    params = {name: x.unsqueeze(0) for name, x in case.params.items()}
     params, opt, metrics = ppo.learn(
         params,
-        vmap(init_adam)(opt),
+        vmap(init_adam)({"all": vmap(pack)(params)}),
         case.rollout,
         case.shuffles.unsqueeze(1),
         torch.tensor(case.args.learning_rate),

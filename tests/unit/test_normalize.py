@@ -1,4 +1,7 @@
-"""Running moments against numpy on all the data at once."""
+"""Running moments against numpy on all the data at once, and what enters them.
+
+Whole streams are compared with Gymnasium's wrappers in tests/parity/test_ppo_parity.py.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from rl_lab.normalize import init_moments, standardize, update_moments
+from rl_lab.normalize import begin, init_moments, observe, standardize, update_moments
+from rl_lab.vector import Step
 
 CPU = torch.device("cpu")
 
@@ -73,3 +77,47 @@ def test_standardize_by_hand() -> None:
     scaled = standardize(moments, torch.tensor([[5.0, 1.0], [-39.0, 6.0]]), clip=10.0)
     assert scaled.dtype == torch.float32
     torch.testing.assert_close(scaled, torch.tensor([[2.0, 2.0], [-10.0, 10.0]]), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("cleanrl", "ended", "entered"),
+    [
+        (False, "truncated", [1.0, 1.5, 1.0]),
+        (False, "terminated", [1.0, 1.5, 1.0]),
+        (True, "truncated", [1.0, 1.5, 1.75]),
+        (True, "terminated", [1.0, 1.0, 1.5]),
+    ],
+)
+def test_discounted_return_at_an_episodes_end(cleanrl: bool, ended: str, entered: list[float]) -> None:
+    """Guards against a return that scales rewards and runs on into the next episode.
+
+    Three rewards of 1, gamma 1/2, the second step ends the episode: the return is 1, 1 + 1/2, then 1 anew. Gymnasium's
+    wrapper lets it run on after a truncation, 1 + 1.5/2, and at a termination drops it one step too early.
+    """
+    no, yes, zero = torch.tensor([False]), torch.tensor([True]), torch.zeros(1, 1)
+    normalizer, _ = begin(zero)
+    seen, total = [], 0.0
+    for t in range(3):
+        ends = {name: yes if t == 1 and name == ended else no for name in ("terminated", "truncated")}
+        normalizer, _ = observe(normalizer, Step(zero, torch.ones(1), **ends, obs=zero), 0.5, cleanrl)
+        moments = normalizer["returns"]
+        seen.append((moments["mean"] * moments["count"]).item() - total)
+        total += seen[-1]
+    assert seen == pytest.approx(entered, rel=1e-9)
+
+
+def test_observations_enter_once_each() -> None:
+    """Guards against a true successor, or an episode's first observation, that is missed, counted twice or normalised
+    by what is not yet seen. Two environments; the second's episode ends, 40 is the next one's first observation."""
+    normalizer, obs = begin(torch.tensor([[1.0], [3.0]]))
+    mean, var = expected(np.array([[1.0], [3.0]]))
+    np.testing.assert_allclose(obs, ([[1.0], [3.0]] - mean) / np.sqrt(var + 1e-8), rtol=1e-6)
+    ended = torch.tensor([False, True])
+    step = Step(torch.tensor([[5.0], [9.0]]), torch.zeros(2), ended, ~ended & False, torch.tensor([[5.0], [40.0]]))
+    normalizer, step = observe(normalizer, step, 0.99, cleanrl=False)
+    mean, var = expected(np.array([[1.0], [3.0], [5.0], [9.0]]))
+    np.testing.assert_allclose(step.next_obs, ([[5.0], [9.0]] - mean) / np.sqrt(var + 1e-8), rtol=1e-6)
+    assert torch.equal(step.obs[0], step.next_obs[0])  # what is acted on next is the successor as it was seen
+    mean, var = expected(np.array([[1.0], [3.0], [5.0], [9.0], [40.0]]))
+    np.testing.assert_allclose(step.obs[1], (40.0 - mean) / np.sqrt(var + 1e-8), rtol=1e-6)
+    np.testing.assert_allclose(normalizer["obs"]["mean"], mean, rtol=1e-12)

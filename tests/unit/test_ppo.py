@@ -18,10 +18,11 @@ from torch.distributions import Categorical, Independent, Normal
 from torch.func import vmap
 
 from rl_lab.algorithms import ppo
-from rl_lab.algorithms.ppo import Actions, Args
-from rl_lab.networks import Params
+from rl_lab.algorithms.ppo import Args
+from rl_lab.distributions import Actions, draw_noise
+from rl_lab.networks import Params, mlp, pack
 from rl_lab.optim import init_adam
-from rl_lab.rollout import Inputs, Rollout
+from rl_lab.rollout import Inputs, Rollout, draw_shuffles
 from rl_lab.vector import TensorEnv
 
 DISCRETE = Actions((3,), ())
@@ -51,7 +52,7 @@ def some_batch(actions: Actions, masked: bool = False, size: int = 12) -> Rollou
         for start in np.cumsum((0, *actions.sizes[:-1])):
             inputs["mask"][:, start] = True
     params = some_params(actions)
-    taken, _ = ppo.act(params, inputs, ppo.draw_noise(actions, (size,), random), actions)
+    taken, _ = ppo.act(params, inputs, draw_noise(actions, (size,), random), actions)
     logprobs, _ = ppo.evaluate_actions(params, inputs, taken, actions)
     columns = {name: torch.randn(size, generator=random) for name in ("values", "advantages", "returns")}
     off = 0.3 * torch.randn(size, generator=random)
@@ -79,7 +80,7 @@ def test_initial_agent() -> None:
 def test_multidiscrete_is_a_product() -> None:
     """Guards detail 37: log-probability and entropy are sums over independent components, in their order."""
     params, batch = some_params(MULTI), some_batch(MULTI)
-    logits = ppo.mlp(params, "actor", batch["obs"])
+    logits = mlp(params, "actor", batch["obs"])
     parts = [Categorical(logits=x) for x in (logits[:, :3], logits[:, 3:5], logits[:, 5:])]
     expected = sum(p.log_prob(a) for p, a in zip(parts, batch["actions"].unbind(1), strict=True))
     logprobs, entropy = ppo.evaluate_actions(params, batch, batch["actions"], MULTI)
@@ -91,7 +92,7 @@ def test_multidiscrete_is_a_product() -> None:
 def test_box_is_a_diagonal_gaussian() -> None:
     """Guards details 23-25: one density over all dimensions, with a scale that does not depend on the state."""
     params, batch = some_params(BOX), some_batch(BOX)
-    peer = Independent(Normal(ppo.mlp(params, "actor", batch["obs"]), params["logstd"].exp().expand(12, 2)), 1)
+    peer = Independent(Normal(mlp(params, "actor", batch["obs"]), params["logstd"].exp().expand(12, 2)), 1)
     logprobs, entropy = ppo.evaluate_actions(params, batch, batch["actions"], BOX)
     torch.testing.assert_close(logprobs, peer.log_prob(batch["actions"]), rtol=0, atol=1e-6)
     torch.testing.assert_close(entropy, peer.entropy(), rtol=0, atol=1e-6)
@@ -103,8 +104,8 @@ def test_samples_follow_the_probabilities() -> None:
     for actions in (DISCRETE, MULTI):
         inputs = {"obs": torch.tensor([0.5, -1.0, 2.0, 0.0]).expand(size, 4)}
         params = some_params(actions)
-        taken, _ = ppo.act(params, inputs, ppo.draw_noise(actions, (size,), generator(3)), actions)
-        logits = ppo.mlp(params, "actor", inputs["obs"][:1])[0]
+        taken, _ = ppo.act(params, inputs, draw_noise(actions, (size,), generator(3)), actions)
+        logits = mlp(params, "actor", inputs["obs"][:1])[0]
         for component, logit in zip(taken.reshape(size, -1).T, logits.split(actions.sizes), strict=True):
             p = torch.softmax(logit, 0)
             error = component.bincount(minlength=len(p)) / size - p
@@ -112,8 +113,8 @@ def test_samples_follow_the_probabilities() -> None:
             assert (p.max() - p.min()) > 0.05  # a uniform sampler would show
 
     params, inputs = some_params(BOX), {"obs": torch.tensor([0.5, -1.0, 2.0, 0.0]).expand(size, 4)}
-    taken, _ = ppo.act(params, inputs, ppo.draw_noise(BOX, (size,), generator(3)), BOX)
-    mean, std = ppo.mlp(params, "actor", inputs["obs"][:1])[0], params["logstd"].exp()
+    taken, _ = ppo.act(params, inputs, draw_noise(BOX, (size,), generator(3)), BOX)
+    mean, std = mlp(params, "actor", inputs["obs"][:1])[0], params["logstd"].exp()
     assert ((taken.mean(0) - mean).abs() < 4 * std / size**0.5).all()
     assert ((taken.std(0) - std).abs() < 4 * std / (2 * size) ** 0.5).all()
 
@@ -126,7 +127,7 @@ def test_likeliest_action(actions: Actions) -> None:
     assert torch.equal(best, ppo.act(params, batch, None, actions)[0])
     top, _ = ppo.evaluate_actions(params, batch, best, actions)
     for seed in range(20):
-        other, _ = ppo.act(params, batch, ppo.draw_noise(actions, (12,), generator(seed)), actions)
+        other, _ = ppo.act(params, batch, draw_noise(actions, (12,), generator(seed)), actions)
         assert (ppo.evaluate_actions(params, batch, other, actions)[0] <= top + 1e-6).all()
 
 
@@ -148,7 +149,7 @@ def test_masked_choices(actions: Actions) -> None:
     mask = batch["mask"].split(list(actions.sizes), dim=1)
     for choice, allowed in zip(batch["actions"].reshape(size, -1).T, mask, strict=True):
         assert allowed.gather(1, choice.unsqueeze(1)).all()
-    logits = ppo.mlp(params, "actor", batch["obs"]).split(list(actions.sizes), dim=1)
+    logits = mlp(params, "actor", batch["obs"]).split(list(actions.sizes), dim=1)
     parts = [Categorical(logits=x.masked_fill(~m, -math.inf)) for x, m in zip(logits, mask, strict=True)]
     choices = batch["actions"].reshape(size, -1).T
     expected = sum(p.log_prob(a) for p, a in zip(parts, choices, strict=True))
@@ -162,7 +163,7 @@ def test_refused_spaces() -> None:
     """Guards against spaces that would be trained on wrongly: counting from 1, nested, dictionaries."""
     spaces = gym.spaces
     for space in (spaces.Discrete(3, start=1), spaces.MultiBinary(2), spaces.MultiDiscrete([[2, 3], [4, 5]])):
-        with pytest.raises(ValueError, match="PPO acts in Discrete, MultiDiscrete"):
+        with pytest.raises(ValueError, match="actions are Discrete, MultiDiscrete"):
             Actions.of(space)
     assert Actions.of(spaces.MultiDiscrete([3, 2, 4])) == MULTI
     assert Actions.of(spaces.Box(np.float32([-1, -2]), np.float32([1, 2]))) == BOX
@@ -239,30 +240,14 @@ def test_semantics_of_truncation(semantics: Any, done: str, first: float) -> Non
         params[f"critic.{layer}.weight"][0, 0] = weight
     params["critic.2.bias"] += 1.0
     args = Args(gamma=0.5, gae_lambda=0.5, semantics=semantics)
-    data = ppo.advantages(params, step_rollout(done), actions, args)
+    data = ppo.targets(params, step_rollout(done), actions, args)
     assert data["advantages"].tolist() == [first, 0.5]
     assert data["returns"].tolist() == [first + 1, 1.5]
 
 
-@pytest.mark.parametrize(("semantics", "scale"), [("correct", 1.0), ("cleanrl", 1.5)])
-def test_semantics_of_the_reward_scale(semantics: Any, scale: float) -> None:
-    """Guards details 28-31 at a truncation: rewards 1 and 1 with gamma 1/2 have the discounted returns 1 and 1 if the
-    return starts anew after it, 1 and 1.5 if not, which is what enters the variance; a termination starts it anew in
-    both, one step earlier in CleanRL's wrapper."""
-    args = Args(gamma=0.5, normalize=True, semantics=semantics)
-    normalizer, _ = ppo.begin(torch.zeros(1, 1), args)
-    never, now = torch.tensor([False]), torch.tensor([True])
-    one, zero = torch.ones(1), torch.zeros(1, 1)
-    normalizer, _ = ppo.observe(normalizer, ppo.Step(zero, one, never, now, zero), args)
-    before = normalizer["returns"]
-    normalizer, _ = ppo.observe(normalizer, ppo.Step(zero, one, never, never, zero), args)
-    entered = normalizer["returns"]["mean"] * normalizer["returns"]["count"] - before["mean"] * before["count"]
-    assert entered.item() == pytest.approx(scale, rel=1e-9)
-
-
 def test_each_epoch_is_a_fresh_permutation() -> None:
     """Guards detail 6: sampling with replacement, an order reused, an index dropped at the end."""
-    shuffles = ppo.draw_shuffles(Args(num_envs=3, num_steps=8, num_minibatches=4, update_epochs=5), generator())
+    shuffles = draw_shuffles(24, 5, 4, generator())
     assert shuffles.shape == (20, 6)
     epochs = shuffles.reshape(5, 24)
     assert all(epoch.sort().values.tolist() == list(range(24)) for epoch in epochs)
@@ -284,8 +269,8 @@ def scripted_learn(kls: list[list[float]], semantics: Any, num_seeds: int = 1) -
     rollout = {"obs": torch.randn(8, num_seeds, 4, generator=random), "rewards": torch.ones(8, num_seeds)}
     rollout |= {"next_obs": rollout["obs"], "actions": torch.zeros(8, num_seeds, dtype=torch.int64)}
     rollout |= {name: torch.zeros(8, num_seeds, dtype=torch.bool) for name in ("terminated", "truncated")}
-    shuffles = ppo.draw_shuffles(args, random).unsqueeze(1).expand(-1, num_seeds, -1)
-    opt = vmap(init_adam)(params)
+    shuffles = draw_shuffles(8, 3, 4, random).unsqueeze(1).expand(-1, num_seeds, -1)
+    opt = vmap(init_adam)({"all": vmap(pack)(params)})
     new, opt, log = ppo.learn(params, opt, rollout, shuffles, torch.tensor(1e-3), gradients, DISCRETE, args)
     moved = (params["actor.0.bias"] - new["actor.0.bias"])[
         :, 0
@@ -507,6 +492,6 @@ def test_frozen_policy(trained: Any) -> None:
     actions = acting(noise=None)
     assert torch.equal(actions, acting(noise=None))
     scaled = (inputs["obs"] - statistics["obs"]["mean"]) / statistics["obs"]["var"].sqrt()
-    expected = ppo.mlp(params, "actor", scaled.float()).clamp(-0.5, 0.5)
+    expected = mlp(params, "actor", scaled.float()).clamp(-0.5, 0.5)
     torch.testing.assert_close(actions, expected, rtol=0, atol=1e-6)
     assert (acting(noise=torch.full((2, 2), 50.0)) == 0.5).all()

@@ -96,8 +96,15 @@ def plain() -> VectorEnv:
 
 
 def collector(env: VectorEnv, normalized: bool = False) -> Collector:
-    normalizer = {"count": torch.zeros(len(SEEDS))} if normalized else {}
-    return Collector(env, act, observe if normalized else None, normalizer, env.reset(), "test", compile=False)
+    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    made = Collector(env, act, None, generators, "test", compile=False)
+    if normalized:  # by this file's own `observe`, which begins with the raw observation
+        raw = made.obs
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(env, "reset", lambda: raw)
+            made = Collector(env, act, observe, generators, "test", compile=False)
+        made.normalizer, made.obs = {"count": torch.zeros(len(SEEDS))}, raw
+    return made
 
 
 def noise(num_steps: int) -> Tensor:
@@ -210,18 +217,3 @@ def test_state_continues_a_rollout(make_env: MakeEnv) -> None:
     collected.collect(PARAMS, noise(7))
     fresh.load_state_dict(collected.state_dict())
     assert_equal(collected.collect(PARAMS, noise(9)), fresh.collect(PARAMS, noise(9)))
-
-
-def test_rows_do_not_share_the_environments_memory() -> None:
-    """Guards against rows that change when an environment reuses its tensors for the next step."""
-
-    class Reusing(Plain):
-        def step(self, actions: Tensor) -> Step:
-            step = self.inner.step(actions)
-            for name in ("episode_returns", "episode_lengths"):
-                kept = self.__dict__.setdefault(name, getattr(self.inner, name).clone())
-                kept.copy_(getattr(self.inner, name))
-            return step
-
-    rollout = collector(Reusing(Counting(SEEDS, NUM_ENVS))).collect(PARAMS, noise(12))
-    assert torch.equal(rollout["episode_lengths"], rollout["next_obs"][..., 2].long())

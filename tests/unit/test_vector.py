@@ -136,7 +136,7 @@ def check_contract(make_env: MakeEnv, num_steps: int = 120) -> int:
         assert step.rewards.dtype in (torch.float32, torch.float64)
         assert step.terminated.dtype == step.truncated.dtype == torch.bool
         assert {x.shape[0] for x in step} == {6}
-        history += [(x, x.clone()) for x in step]
+        history += [(x, x.clone()) for x in (*step, env.episode_returns, env.episode_lengths)]
         for name in Step._fields:
             assert torch.equal(getattr(lone, name), getattr(step, name)[2:4]), f"{name} depends on the other seeds"
         for row in range(6):
@@ -157,7 +157,7 @@ def check_contract(make_env: MakeEnv, num_steps: int = 120) -> int:
 
 
 def totals(env: VectorEnv) -> tuple[Tensor, Tensor]:
-    return env.episode_returns.clone(), env.episode_lengths.clone()  # valid until the next step
+    return env.episode_returns, env.episode_lengths
 
 
 def leaves(state: dict[str, Any]) -> Iterator[Any]:

@@ -1,0 +1,84 @@
+"""Action distributions over Discrete, MultiDiscrete and Box spaces, from the numbers that a network puts out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium as gym
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Outputs = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Actions:
+    """An action space as a policy needs it: Box if `low` is set, else one categorical for each entry of `sizes`.
+
+    The distribution over it comes from `Outputs`: for Box, `mean` (B, A) and `logstd` (A,) of a Gaussian with
+    independent components; for the others `logits` (B, A) of independent categoricals, side by side.
+    """
+
+    sizes: tuple[int, ...]
+    shape: tuple[int, ...]
+    low: tuple[float, ...] = ()
+    high: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, space: gym.Space[Any]) -> Actions:
+        """Raises ValueError for a space that is none of the three."""
+        match space:
+            case gym.spaces.Discrete(start=0):
+                return cls((int(space.n),), ())
+            case gym.spaces.MultiDiscrete() if space.nvec.ndim == 1 and not space.start.any():
+                return cls(tuple(int(n) for n in space.nvec), space.shape)
+            case gym.spaces.Box():
+                low, high = (tuple(float(x) for x in bound.flatten()) for bound in (space.low, space.high))
+                return cls((len(low),), space.shape, low, high)
+        raise ValueError(f"actions are Discrete, MultiDiscrete (both starting at 0) or Box, not {space}")
+
+    @property
+    def num_outputs(self) -> int:
+        """A, what the network puts out."""
+        return sum(self.sizes)
+
+
+def draw_noise(actions: Actions, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """(*shape, A) noise for sampling: standard normal for Box, standard exponential otherwise."""
+    noise = torch.empty(*shape, actions.num_outputs, device=generator.device)
+    return noise.normal_(generator=generator) if actions.low else noise.exponential_(generator=generator)
+
+
+def sample(outputs: Outputs, noise: Tensor | None, actions: Actions) -> tuple[Tensor, Tensor]:
+    """Sample actions, or take the likeliest where `noise` is None.
+
+    Args:
+        noise: (B, A) as `draw_noise` gives it.
+    Returns:
+        the actions to store and those for the environment, each (B, *shape). They differ for Box, where the
+        environment's are clipped to its bounds.
+    """
+    if actions.low:
+        drawn = outputs["mean"] if noise is None else outputs["mean"] + outputs["logstd"].exp() * noise
+        clipped = drawn.clamp(drawn.new_tensor(actions.low), drawn.new_tensor(actions.high))
+        return drawn.unflatten(1, actions.shape), clipped.unflatten(1, actions.shape)
+    # -log of an exponential variable is a Gumbel variable: where logits + Gumbel is largest is a sample
+    scores = outputs["logits"] if noise is None else outputs["logits"] - noise.log()
+    choices = torch.stack([x.argmax(1) for x in scores.split(actions.sizes, 1)], 1).reshape(-1, *actions.shape)
+    return choices, choices
+
+
+def logprob_and_entropy(outputs: Outputs, taken: Tensor, actions: Actions) -> tuple[Tensor, Tensor]:
+    """Log-probability of the stored actions `taken` (B, *shape), and entropy, (B,) each: sums over the components."""
+    if actions.low:
+        mean, logstd = outputs["mean"], outputs["logstd"]
+        z = (taken.flatten(1) - mean) / logstd.exp()
+        logprobs = -0.5 * z.square() - logstd - 0.5 * math.log(2 * math.pi)
+        return logprobs.sum(1), (logstd + 0.5 * math.log(2 * math.pi * math.e)).sum().expand(len(mean))
+    components = [F.log_softmax(x, 1) for x in outputs["logits"].split(actions.sizes, 1)]
+    choices = taken.reshape(-1, len(components), 1).unbind(1)
+    chosen = [p.gather(1, choice).squeeze(1) for p, choice in zip(components, choices, strict=True)]
+    return torch.stack(chosen).sum(0), torch.stack([-(p.exp() * p).sum(1) for p in components]).sum(0)

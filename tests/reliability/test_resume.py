@@ -90,11 +90,13 @@ def killed_and_resumed(lab: Lab, runs_dir: Path, flags: list[str], before: str, 
             ended = lab.train(runs_dir / str(session), *flags, before=before.format(moment=moment))
             folders = lab.folders(runs_dir / str(session)) if (runs_dir / str(session)).exists() else []
         assert ended.status == (-signal.SIGKILL if moment else 0), ended.err
+        print(session, moment, checkpoint.load(folders[0])["run"]["iteration"])
     return folders
 
 
-CARTPOLE = ["--env", "CartPole-v1", "--num-seeds", "2", "--total-timesteps", "640"]
-HALFCHEETAH = ["--env", "HalfCheetah-v4", "--num-envs", "1", "--normalize"]
+CARTPOLE = ["--env", "CartPole-v1", "--num-seeds", "2", "--total-timesteps", "640", "--checkpoint-every", "32"]
+HALFCHEETAH = ["--env", "HalfCheetah-v4", "--num-envs", "1", "--normalize", "--checkpoint-every", "16"]
+SHORT_EPISODES = "from rl_lab.envs.mujoco_tasks import TASKS; TASKS['HalfCheetah-v4'].max_episode_steps = 50\n"
 
 
 @pytest.mark.parametrize(
@@ -105,7 +107,7 @@ HALFCHEETAH = ["--env", "HalfCheetah-v4", "--num-envs", "1", "--normalize"]
 def test_killed_at_ten_random_moments(lab: Lab, tmp_path: Path, flags: list[str]) -> None:
     """Five of them anywhere, five between two writes."""
     moments = random.Random(0)
-    for name, before in (("calls", CALLS), ("writes", WRITES)):
+    for name, before in (("calls", SHORT_EPISODES + CALLS), ("writes", SHORT_EPISODES + WRITES)):
         kill_five_times(lab, tmp_path / name, flags, before, moments)
 
 

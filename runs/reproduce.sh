@@ -21,18 +21,21 @@ esac
 (($# == 0)) || envs=("$@")
 python=${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo python3)}
 
+run_folders() { compgen -G "runs/$algo/${env}__${algo}__*"; }
+finished() { for folder; do [[ -f $folder/model.safetensors ]] || return; done; }
+
 for env in "${envs[@]}"; do
     echo "=== $algo on $env"
     if compgen -G "runs/results/$algo/*__$env.csv.gz" > /dev/null; then
         echo "its results are kept; remove runs/results/$algo/*__$env.* to train again"
         continue
     fi
-    mapfile -t folders < <(compgen -G "runs/$algo/${env}__${algo}__*")
-    if ((${#folders[@]})); then  # a finished run says so and ends well
-        "$python" -m "rl_lab.$algo" --resume "${folders[0]}"
-    else
+    mapfile -t folders < <(run_folders)
+    if ((${#folders[@]} == 0)); then
         "$python" -m "rl_lab.$algo" --env "$env" "${flags[@]}" --num-seeds "$(seeds "$env")" --runs-dir "runs/$algo"
-        mapfile -t folders < <(compgen -G "runs/$algo/${env}__${algo}__*")
+        mapfile -t folders < <(run_folders)
+    elif ! finished "${folders[@]}"; then
+        "$python" -m "rl_lab.$algo" --resume "${folders[0]}"
     fi
     # 0 to 3 are verdicts, and a verdict is a finding; anything else is a fault.
     "$python" -m rl_lab.compare "${folders[@]}" --report "runs/$algo/$env.html" || (($? <= 3))

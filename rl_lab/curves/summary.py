@@ -137,24 +137,27 @@ def draw(results: Sequence[Result]) -> Figure:
             handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
         for axes in panels[len(results) :]:
             axes.remove()
+        figure.supxlabel("environment steps", fontsize=9)
+        figure.supylabel("return", fontsize=9)
         lines, labels = list(handles.values()), list(handles)
         figure.legend(lines, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=10)
     return figure
 
 
 def _panel(axes: Axes, result: Result) -> None:
-    for side, label in (("reference", "CleanRL, measured: IQM and 95 % interval"), ("ours", "rl_lab: the same")):
+    for side, label in (("reference", "CleanRL, measured: IQM, 95 % interval, single seeds"), ("ours", "rl_lab")):
         if side not in result.curves:
             continue
         curves, colour = result.curves[side], plot.COLOURS[side]
         steps = (np.arange(curves.shape[1]) + 0.5) * result.budget / curves.shape[1]
         iqm, *band = interval(curves.T)
-        low, high = np.clip(band, curves.min(), curves.max())  # no return beyond those seen
+        low, high = np.clip(band, curves.min(0), curves.max(0))  # no return beyond those seen there
+        axes.plot(steps, curves.T, color=colour, alpha=0.25, linewidth=0.5)
         axes.fill_between(steps, low, high, color=colour, alpha=0.22, linewidth=0)
         axes.plot(steps, iqm, color=colour, linewidth=1.8, label=label)
     if not result.tests:
         for row in store.published(result.script, result.env):
-            mean, std, label = float(row["mean"]), float(row["std"]), "CleanRL, published: mean ± std at the end"
+            mean, std, label = float(row["mean"]), float(row["std"]), "CleanRL, published: mean ± std"
             axes.errorbar(result.budget, mean, std, fmt="D", color=plot.COLOURS["reference"], markersize=5, capsize=3,
                           label=label, clip_on=False, zorder=5)  # fmt: skip
     axes.set_title(result.env, loc="left", fontsize=10.5, fontweight="bold")

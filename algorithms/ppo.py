@@ -15,13 +15,12 @@ Differs from CleanRL's ppo.py and ppo_continuous_action.py in:
   - values and log-probabilities of a rollout are computed after it in one batch: the same numbers to rounding;
   - seeds reproduce this file's runs, not CleanRL's.
 
-    python -m rl_lab.ppo --env HalfCheetah-v4
-
-Expected results, with seeds and intervals: docs/ppo.md.
+    python -m rl_lab.ppo --env HalfCheetah-v4        expected results: docs/ppo.md
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -35,6 +34,7 @@ from torch.func import grad_and_value, vmap
 
 from rl_lab.cli import Run, RunArgs, run
 from rl_lab.compiler import Compiled, scan
+from rl_lab.distributed import averaged, gathered, ranks, share
 from rl_lab.distributions import Actions, Outputs, draw_noise, logprob_and_entropy, sample
 from rl_lab.envs import make
 from rl_lab.networks import Params, flat_size, init_mlp, mlp, pack, stack, unpack
@@ -99,16 +99,14 @@ BOX = Args(
 )
 
 
-# --- networks and policy, for one agent -------------------------------------------------------------------------------
-
-
 def init_params(obs_size: int, actions: Actions, generator: torch.Generator) -> Params:
     """Separate networks of two 64-unit tanh layers (details 13, 26), orthogonally initialised (detail 2)."""
-    outputs = actions.num_outputs
     params = init_mlp("critic", (obs_size, 64, 64, 1), 1.0, generator)
-    params |= init_mlp("actor", (obs_size, 64, 64, outputs), 0.01, generator)
+    params |= init_mlp("actor", (obs_size, 64, 64, actions.num_outputs), 0.01, generator)
     if actions.low:
-        params["logstd"] = torch.zeros(outputs, device=generator.device)  # detail 24: does not depend on the state
+        params["logstd"] = torch.zeros(
+            actions.num_outputs, device=generator.device
+        )  # detail 24: does not depend on the state
     return params
 
 
@@ -135,9 +133,6 @@ def act(params: Params, inputs: Inputs, noise: Tensor | None, actions: Actions) 
 def evaluate_actions(params: Params, inputs: Inputs, taken: Tensor, actions: Actions) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy at `taken`, (B,) each, summed over the components (details 25, 37)."""
     return logprob_and_entropy(head(params, inputs, actions), taken, actions)
-
-
-# --- loss and update, for one agent -----------------------------------------------------------------------------------
 
 
 def loss(params: Params, batch: Rollout, actions: Actions, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
@@ -206,9 +201,6 @@ def targets(params: Params, rollout: Rollout, actions: Actions, args: Args) -> R
     return {**batch, "returns": (advantages + values).flatten()}
 
 
-# --- training, for all seeds ------------------------------------------------------------------------------------------
-
-
 def learn(
     params: Params,
     opt: AdamState,
@@ -230,65 +222,67 @@ def learn(
     Returns:
         the new params and opt, and metrics (S,).
     """
-    data = vmap(partial(targets, actions=actions, args=args), in_dims=(0, 1))(
-        params, split_seeds(rollout, shuffles.shape[1], dim=1)
-    )
+    rollout = split_seeds(rollout, shuffles.shape[1], dim=1)
+    data = vmap(partial(targets, actions=actions, args=args), in_dims=(0, 1))(params, rollout)
     as_dict = vmap(partial(unpack, layout={name: p.shape[1:] for name, p in params.items()}))
     epoch_ends = torch.arange(1, len(shuffles) + 1, device=shuffles.device) % args.num_minibatches == 0
 
+    target_kl = math.inf if args.target_kl is None else args.target_kl
+
     def minibatch(carry: Any, x: tuple[Tensor, Tensor]) -> tuple[Any, dict[str, Tensor]]:
-        packed, opt, *stop = carry
+        packed, opt, kl, active = carry  # a seed is active until an epoch diverges
         indices, epoch_ends = x
         batch = vmap(lambda data, i: {name: column[i] for name, column in data.items()})(data, indices)
         grads, metrics = gradients(as_dict(packed["all"]), batch)
         grads = {"all": vmap(pack)(grads)}
         new = vmap(partial(step, args=args), in_dims=(0, 0, 0, None))(packed, opt, grads, learning_rate)
-        if args.target_kl is None:
-            return new, metrics
-        kl, active = stop  # a seed is active until an epoch diverges
         new = vmap(lambda a, *x: pytree.tree_map(partial(torch.where, a), *x))(active, new, (packed, opt))
-        metrics["active"] = active
         kl = metrics["approx_kl"] if args.semantics == "cleanrl" else kl + metrics["approx_kl"] / args.num_minibatches
-        return (*new, torch.where(epoch_ends, 0.0, kl), active & ~(epoch_ends & (kl > args.target_kl))), metrics
+        still = active & ~(epoch_ends & (kl > target_kl))
+        return (*new, torch.where(epoch_ends, 0.0, kl), still), {**metrics, "active": active}
 
     active = torch.ones_like(shuffles[0, :, 0], dtype=torch.bool)
-    stop = () if args.target_kl is None else (torch.zeros_like(active, dtype=torch.float32), active)
-    (packed, opt, *_), metrics = scan(minibatch, ({"all": vmap(pack)(params)}, opt, *stop), (shuffles, epoch_ends))
-    active = metrics.pop("active", active.expand(len(shuffles), -1))
+    carry = ({"all": vmap(pack)(params)}, opt, torch.zeros_like(active, dtype=torch.float32), active)
+    (packed, opt, *_), metrics = scan(minibatch, carry, (shuffles, epoch_ends))
+    active = metrics.pop("active")
     last = active.sum(0, keepdim=True) - 1  # as CleanRL logs: the last minibatch taken, clipfrac over all taken
     logged = {f"losses/{name}": x.gather(0, last).squeeze(0) for name, x in metrics.items()}
     logged["losses/clipfrac"] = (metrics["clipfrac"] * active).sum(0) / active.sum(0)
     logged["losses/explained_variance"] = explained_variance(data["values"], data["returns"])
+    logged["charts/learning_rate"] = learning_rate.expand(len(active[0]))
     return as_dict(packed["all"]), opt, logged
 
 
 def train(args: Args) -> Run:
     """Train `args.num_seeds` agents; everything is in the run folders afterwards."""
-    env = make(args.env, args.seeds, args.num_envs, args.torch_device, args.backend)
+    rank, num_ranks = ranks()
+    whole, args = share(args)  # of all ranks under torchrun, and this one's share
+    env = make(args.env, args.env_seeds(rank), args.num_envs, args.torch_device, args.backend)
     actions, obs_size = Actions.of(env.action_space), flat_size(env.observation_space)
-    generators = args.generators()
+    generators = args.generators(0)
     params = stack([init_params(obs_size, actions, g) for g in generators])
     opt = contiguous(vmap(init_adam)({"all": vmap(pack)(params)}))
+    generators = args.generators(rank) if rank else generators
     key, choose = ("ppo", args.algorithm_fields(), actions), partial(act, actions=actions)
     normalize = partial(observe, gamma=args.gamma, cleanrl=args.semantics == "cleanrl") if args.normalize else None
     collector = Collector(env, choose, normalize, generators, key, args.compile)
-    gradients = vmap(partial(gradient, actions=actions, args=args))
-    learner = Compiled(partial(learn, gradients=gradients, actions=actions, args=args), ("learn", *key), args.compile)
+    gradients, one_graph = averaged(vmap(partial(gradient, actions=actions, args=args)), key, args.compile)
+    learner = Compiled(partial(learn, gradients=gradients, actions=actions, args=args), ("learn", *key), one_graph)
 
-    run = Run(args, "ppo", env, lambda: {"params": params, "opt": opt, "collector": collector.state_dict()})
+    run = Run(whole, "ppo", env, lambda: {"params": params, "opt": opt, "collector": collector.state_dict()})
     if run.saved:
         params, opt = run.saved["params"], run.saved["opt"]
         collector.load_state_dict(run.saved["collector"])
 
-    steps = args.num_envs * args.num_steps
-    for iteration in run.iterations(args.num_iterations, steps):
-        remaining = 1.0 - iteration / args.num_iterations if args.anneal_lr else 1.0  # detail 4
+    batch = args.num_envs * args.num_steps
+    for iteration in run.iterations(whole.num_iterations, batch * num_ranks):
+        remaining = 1.0 - iteration / whole.num_iterations if args.anneal_lr else 1.0  # detail 4
         learning_rate = torch.tensor(args.learning_rate * remaining, device=env.device)
         noise = torch.cat([draw_noise(actions, (args.num_steps, args.num_envs), g) for g in generators], dim=1)
         rollout = collector.collect(params, noise)  # detail 1: rollouts run across the ends of episodes
-        shuffles = [draw_shuffles(steps, args.update_epochs, args.num_minibatches, g) for g in generators]
+        shuffles = [draw_shuffles(batch, args.update_epochs, args.num_minibatches, g) for g in generators]
         params, opt, metrics = learner(params, opt, rollout, torch.stack(shuffles, dim=1), learning_rate)
-        run.log(rollout, {"charts/learning_rate": learning_rate.expand(args.num_seeds), **metrics})
+        run.log(gathered(rollout, args.num_seeds), metrics)
         if run.evaluation_due:
             test_env = make(args.env, args.evaluation_seeds, 10, args.torch_device, args.backend)
             run.evaluate(partial(policy, noise=None, actions=actions), params, collector.normalizer, test_env)
@@ -312,7 +306,3 @@ def defaults(env_id: str) -> Args:
 
 def main() -> None:
     run(train, Args, defaults)
-
-
-if __name__ == "__main__":
-    main()

@@ -108,9 +108,15 @@ class RunArgs:
         """Whether anything is scheduled over total_timesteps, so that a run cannot be prolonged."""
         return True
 
-    def generators(self) -> list[torch.Generator]:
+    def env_seeds(self, rank: int) -> tuple[int, ...]:
+        """The environments' seeds: the seeds themselves, others on further ranks of a data-parallel run."""
+        others = (np.random.SeedSequence((seed, 2, rank)).generate_state(1, np.uint64)[0] for seed in self.seeds)
+        return tuple(int(seed) for seed in others) if rank else self.seeds
+
+    def generators(self, rank: int) -> list[torch.Generator]:
         """One a seed for the agents, independent of the environments', which start from the seeds themselves."""
-        states = [np.random.SeedSequence((seed, 1)).generate_state(1, np.uint64)[0] for seed in self.seeds]
+        keys = [(seed, 1, rank) if rank else (seed, 1) for seed in self.seeds]
+        states = [np.random.SeedSequence(key).generate_state(1, np.uint64)[0] for key in keys]
         return [torch.Generator(self.torch_device).manual_seed(int(state)) for state in states]
 
     def algorithm_fields(self) -> tuple[tuple[str, Any], ...]:
@@ -210,7 +216,7 @@ class Run:
 
         handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         self.progress = Progress(num_iterations * steps, len(self.args.seeds))
-        self.started = time.monotonic() - self.elapsed
+        self.started, self.flushed = time.monotonic() - self.elapsed, time.monotonic()
         try:
             while self.iteration < num_iterations:
                 yield self.iteration
@@ -241,7 +247,8 @@ class Run:
         Raises:
             FloatingPointError: if a loss is not finite; this iteration is neither logged nor checkpointed.
         """
-        num_seeds, num_envs = len(self.args.seeds), self.env.num_envs
+        num_seeds = len(self.args.seeds)
+        num_envs = rollout["terminated"].shape[1] // num_seeds
         names, table = list(metrics), torch.stack([x.float() for x in metrics.values()]).tolist()
         for name, row in zip(names, table, strict=True):
             if name.endswith("_loss") and not all(map(math.isfinite, row)):
@@ -263,6 +270,9 @@ class Run:
                 self.recent[index] = [*self.recent[index], *returns[mine].tolist()][-100:]
             values = {name: row[index] for name, row in zip(names, table, strict=True)}
             self.logs.scalars(index, end, {**values, "charts/SPS": float(int(sps))})
+        if time.monotonic() - self.flushed > 10:  # for whoever watches TensorBoard
+            self.logs.flush()
+            self.flushed = time.monotonic()
         self.progress.update(end, sps * num_seeds, [sum(r) / len(r) if r else math.nan for r in self.recent])
 
     def evaluate(self, policy: Callable[..., Tensor], params: Any, normalizer: Any, env: VectorEnv) -> None:

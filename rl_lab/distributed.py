@@ -1,0 +1,87 @@
+"""Data-parallel training under torchrun: each rank steps its share of the environments, gradients are averaged."""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from rl_lab.cli import RunArgs
+from rl_lab.compiler import Compiled
+
+A = TypeVar("A", bound=RunArgs)
+
+
+def ranks() -> tuple[int, int]:
+    """This process's rank and the number of ranks, (0, 1) without torchrun; joins the others at the first call."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if size > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo")
+        atexit.register(dist.destroy_process_group)
+    return rank, size
+
+
+def share(args: A) -> tuple[A, A]:
+    """The flags of the run, and those of this rank with its share of `num_envs`. Only rank 0's run folders last.
+
+    Raises:
+        ValueError: if num_envs does not divide, or for --resume: a checkpoint holds one rank's environments only.
+    """
+    rank, size = ranks()
+    if size == 1:
+        return args, args
+    num_envs: int = getattr(args, "num_envs", 1)
+    args.require("num_envs", num_envs % size == 0, f"a multiple of torchrun's {size} ranks")
+    args.require("resume", args.resume is None, "left out: a run under torchrun cannot be continued")
+    if rank:
+        args = dataclasses.replace(args, runs_dir=Path(tempfile.mkdtemp(prefix="rl_lab-rank-")))
+        atexit.register(shutil.rmtree, args.runs_dir, ignore_errors=True)
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (rank 0 says the same)
+    return args, dataclasses.replace(args, num_envs=num_envs // size)  # type: ignore[call-arg]
+
+
+def averaged(function: Callable[..., Any], key: object, compile: bool) -> tuple[Callable[..., Any], bool]:
+    """`function` with its output, a tree of float32 tensors, averaged over the ranks.
+
+    Returns:
+        the function, and whether what calls it may be compiled as one graph. With several ranks it may not, as they
+        talk from Python in between; `function` itself then is, under `key`.
+    """
+    size = ranks()[1]
+    if size == 1:
+        return function, compile
+    function = Compiled(function, ("averaged", key), compile)
+
+    def average(*args: Any) -> Any:
+        leaves, treespec = pytree.tree_flatten(function(*args))
+        flat = torch.cat([x.flatten() for x in leaves])
+        dist.all_reduce(flat)
+        parts = (flat / size).split([x.numel() for x in leaves])
+        return pytree.tree_unflatten([part.view_as(x) for part, x in zip(parts, leaves, strict=True)], treespec)
+
+    return average, False
+
+
+def gathered(rollout: dict[str, Tensor], num_seeds: int) -> dict[str, Tensor]:
+    """Every (T, S * N, ...) column of this rank's rollout as (T, S * N * ranks, ...), each seed's rows together."""
+    size = ranks()[1]
+    if size == 1:
+        return rollout
+
+    def gather(column: Tensor) -> Tensor:
+        parts = [torch.empty_like(column) for _ in range(size)]
+        dist.all_gather(parts, column.contiguous())
+        return torch.cat([part.unflatten(1, (num_seeds, -1)) for part in parts], dim=2).flatten(1, 2)
+
+    return {name: gather(column) for name, column in rollout.items()}

@@ -1,0 +1,88 @@
+"""Data-parallel training: two processes that average their gradients are one process with all the data."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rl_lab.algorithms import ppo
+from rl_lab.algorithms.ppo import Args
+from rl_lab.distributions import Actions
+from rl_lab.rollout import Rollout
+
+ACTIONS, ARGS = Actions((3,), ()), Args(norm_adv=False)  # with it each rank normalises its own advantages
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def batch(rows: slice) -> Rollout:
+    random = torch.Generator().manual_seed(0)
+    columns = {name: torch.randn(32, generator=random) for name in ("logprobs", "values", "advantages", "returns")}
+    columns["logprobs"] -= 1.5
+    columns |= {"obs": torch.randn(32, 4, generator=random), "actions": torch.randint(3, (32,), generator=random)}
+    return {name: column[rows] for name, column in columns.items()}
+
+
+def gradients_of(rows: slice) -> ppo.Params:
+    params = ppo.init_params(4, ACTIONS, torch.Generator().manual_seed(1))
+    function, one_graph = ppo.averaged(lambda p, b: ppo.gradient(p, b, ACTIONS, ARGS), "test", compile=False)
+    assert one_graph is False
+    return function(params, batch(rows))[0]
+
+
+def test_ranks_average_to_the_whole_batch(tmp_path: Path) -> None:
+    """Guards against gradients summed, not averaged, or averaged over parameters in another order."""
+    here = Path(__file__)
+    code = (
+        f"import sys, torch; sys.path[:0] = [{str(here.parent)!r}, {str(here.parents[2])!r}]; import test_distributed as t\n"
+        "rank, size = t.ppo.ranks(); grads = t.gradients_of(slice(rank * 16, rank * 16 + 16))\n"
+        f"torch.save(grads, {str(tmp_path)!r} + f'/{{rank}}.pt')\n"
+    )
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    subprocess.run([*TORCHRUN, str(script)], check=True, capture_output=True, cwd=here.parents[2], timeout=120)
+    whole = gradients_of(slice(0, 32))
+    for rank in range(2):
+        part = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        torch.testing.assert_close(part, whole, rtol=1e-5, atol=1e-7)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two ranks with two environments each."""
+    folder = tmp_path_factory.mktemp("runs")
+    flags = ["--env", "CartPole-v1", "--total-timesteps", "1024", "--no-compile", "--runs-dir", str(folder)]
+    subprocess.run([*TORCHRUN, "-m", "rl_lab.ppo", *flags], check=True, capture_output=True, timeout=240)
+    (made,) = folder.iterdir()  # rank 0's alone
+    return made
+
+
+def test_steps_and_episodes_of_all_ranks_are_logged(run: Path) -> None:
+    """Guards against logs of one rank's environments only, and against counting its steps as all."""
+    with gzip.open(run / "episodes.csv.gz", "rt") as file:
+        rows = list(csv.DictReader(file))
+    steps, lengths = ([int(row[name]) for row in rows] for name in ("global_step", "episodic_length"))
+    assert 1000 < steps[-1] <= 1024 and steps == sorted(steps)
+    assert 1024 - 4 * 100 < sum(lengths) <= 1024  # but for four unfinished episodes, every step belongs to one
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--num-envs", "3"], "--num-envs 3 must be a multiple of torchrun's 2 ranks"),
+        (["--resume", "{run}"], "must be left out: a run under torchrun cannot be continued"),
+    ],
+)
+def test_what_ranks_cannot_do_is_refused(flags: list[str], message: str, run: Path, tmp_path: Path) -> None:
+    flags = [flag.format(run=run) for flag in flags]
+    if "--resume" not in flags:
+        flags += ["--env", "CartPole-v1", "--no-compile", "--runs-dir", str(tmp_path)]
+    else:
+        (run / "model.safetensors").unlink()  # as if it had not finished
+    done = subprocess.run([*TORCHRUN, "-m", "rl_lab.ppo", *flags], capture_output=True, text=True, timeout=240)
+    assert done.returncode != 0 and message in done.stderr

@@ -63,7 +63,8 @@ def sample(outputs: Outputs, noise: Tensor | None, actions: Actions) -> tuple[Te
     """
     if actions.low:
         drawn = outputs["mean"] if noise is None else outputs["mean"] + outputs["logstd"].exp() * noise
-        clipped = drawn.clamp(drawn.new_tensor(actions.low), drawn.new_tensor(actions.high))
+        bounds = zip(drawn.unbind(1), actions.low, actions.high, strict=True)  # a constant tensor fails inside `scan`
+        clipped = torch.stack([x.clamp(low, high) for x, low, high in bounds], 1)
         return drawn.unflatten(1, actions.shape), clipped.unflatten(1, actions.shape)
     # -log of an exponential variable is a Gumbel variable: where logits + Gumbel is largest is a sample
     scores = outputs["logits"] if noise is None else outputs["logits"] - noise.log()

@@ -1,4 +1,4 @@
-"""python -m rl_lab.compare RUN...: do the training curves match the reference? docs/curves.md states the method."""
+"""Judge training runs against reference learning curves; docs/curves.md states the method."""
 
 from __future__ import annotations
 

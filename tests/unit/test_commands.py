@@ -42,7 +42,7 @@ def test_help_exits_well(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert "python -m" not in commands()[name], "the list says how to call it"
     monkeypatch.setattr(sys, "argv", [name, "--help"])
     with pytest.raises(SystemExit) as exit:
-        runpy.run_module(f"rl_lab.{name}", run_name="__main__")
+        runpy.run_module(f"rl_lab.{name}", run_name="__main__", alter_sys=True)
     assert exit.value.code in (0, None)
     assert "--help" in capsys.readouterr().out
 

@@ -35,6 +35,13 @@ from rl_lab.curves.store import Run
 LEVEL = 0.95  # of the intervals shown; the verdicts rest on the harness's own, of 90 %
 RESULTS = Path("runs/results")
 COLUMNS = 3  # of the plot
+READING = """
+
+Seeds are ours : CleanRL's. The four figures after them are of the mean return in a run's last 100 training episodes,
+over seeds: IQM with its bootstrap interval, and mean ± std as CleanRL prints it. The verdicts, with their margins, are
+on this score and on the area under the learning curve ([how](docs/curves.md)); where no runs of CleanRL were measured,
+its published figure informs. `runs/reproduce.sh {algo} ENVIRONMENT` makes a row again;
+[runs/results/{algo}](runs/results/{algo}) has every episode, with command, commit, versions and hardware."""
 
 
 def keep(runs: Sequence[Run], target: Path) -> Path:
@@ -90,8 +97,8 @@ def interval(scores: Floats) -> Interval:
     return Interval(iqm, iqm + low, iqm + high)
 
 
-def table(results: Sequence[Result]) -> str:
-    """Markdown: a row for each result."""
+def table(results: Sequence[Result], algo: str) -> str:
+    """Markdown: a row for each result, and how to read them and make them again."""
     header = ["environment", "seeds", "ours, IQM [95 %]", "ours, mean ± std", "CleanRL measured, IQM [95 %]",
               "CleanRL published, mean ± std", "score", "area"]  # fmt: skip
     rows = [header, ["---"] * 2 + ["---:"] * 4 + ["---"] * 2]
@@ -109,7 +116,7 @@ def table(results: Sequence[Result]) -> str:
             published = f"[{_number(float(row['mean']))} ± {_number(float(row['std']))}]({source})"
         mean = f"{_number(ours.mean())} ± {_number(ours.std())}"
         rows.append([result.env, seeds, _interval(ours), mean, measured, published, score, area])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + READING.format(algo=algo)
 
 
 def insert(readme: Path, algo: str, text: str) -> None:
@@ -198,9 +205,9 @@ def main(algo: tyro.conf.Positional[str], runs: tyro.conf.Positional[tuple[Path,
         if not results:
             raise ValueError(f"{RESULTS / algo} keeps no results: name run folders")
         (RESULTS / f"{algo}.png").write_bytes(plot.png(draw(results)))
-        print(table(results))
+        print(table(results, algo))
         if Path("README.md").is_file():
-            insert(Path("README.md"), algo, table(results))
+            insert(Path("README.md"), algo, table(results, algo))
     except ValueError as error:
         sys.exit(f"summary: {error}")
 

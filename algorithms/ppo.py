@@ -12,8 +12,7 @@ Differs from CleanRL's ppo.py and ppo_continuous_action.py in:
     `--semantics cleanrl` treats truncation as termination, as they do;
   - `--target-kl` compares the epoch's mean divergence; `--semantics cleanrl` the last minibatch's;
   - observations and rewards are normalised by statistics per seed, not per environment (the same with one environment);
-  - values and log-probabilities of a rollout are computed after it in one batch: the same numbers to rounding;
-  - seeds reproduce this file's runs, not CleanRL's.
+  - values and log-probabilities of a rollout are computed after it in one batch: the same numbers to rounding.
 
     python -m rl_lab.ppo --env HalfCheetah-v4        expected results: docs/ppo.md
 """
@@ -87,16 +86,9 @@ class Args(RunArgs):
 
 
 BOX = Args(
-    env="HalfCheetah-v4",
-    total_timesteps=1_000_000,
-    learning_rate=3e-4,
-    num_envs=1,
-    num_steps=2048,
-    num_minibatches=32,
-    update_epochs=10,
-    ent_coef=0.0,
-    normalize=True,
-)
+    env="HalfCheetah-v4", total_timesteps=1_000_000, learning_rate=3e-4, num_envs=1, num_steps=2048,
+    num_minibatches=32, update_epochs=10, ent_coef=0.0, normalize=True,
+)  # fmt: skip
 
 
 def init_params(obs_size: int, actions: Actions, generator: torch.Generator) -> Params:

@@ -10,7 +10,7 @@ that cost. The first iteration is warm-up. README.md here says what the numbers 
 
 from __future__ import annotations
 
-import contextlib
+import atexit
 import importlib.util
 import itertools
 import json
@@ -77,6 +77,7 @@ class Trainee:
         self.process = subprocess.Popen(
             contender.command, stdout=subprocess.PIPE, stderr=self._errors, text=True, cwd=contender.cwd, env=environ
         )
+        atexit.register(self.process.kill)  # a stopped process would stay; one that has ended is left alone
         assert self.process.stdout is not None
         self._lines = self.process.stdout
 
@@ -130,24 +131,20 @@ def contenders(args: Args, flags: Flags, steps: int, runs: Path) -> list[Contend
 
 def race(field: list[Contender], environ: dict[str, str], iterations: int, slices: int) -> dict[str, dict[str, Any]]:
     """Train all contenders in turn; per name, `slices` steps per CPU-second and seconds of the whole run."""
-    ends = [1 + round(i * (iterations - 1) / slices) for i in range(slices + 1)]
-    trainees, clocks, starts = [], [], []
-    with contextlib.ExitStack() as stack:
-        for contender in field:
-            trainees.append(Trainee(contender, environ))
-            stack.callback(trainees[-1].process.kill)  # does nothing to those that have ended
-            clocks.append([trainees[-1].advance(ends[0])])
-            starts.append(trainees[-1].wall)
-        for end in ends[1:]:
-            for trainee, clock in zip(trainees, clocks, strict=True):
-                clock.append(trainee.advance(end))
-        results = {}
-        for trainee, clock, start in zip(trainees, clocks, starts, strict=True):
-            seeds, steps = trainee.contender.seeds, trainee.contender.batch * trainee.contender.seeds
-            pairs = zip(itertools.pairwise(ends), itertools.pairwise(clock), strict=True)
-            sps = [steps * (end - begin) / (after - before) for (begin, end), (before, after) in pairs]
-            loop = {"cpu": clock[-1] - clock[0], "wall": trainee.wall - start}
-            results[trainee.contender.name] = {"seeds": seeds, "sps": sps, "loop": loop, "whole": trainee.finish()}
+    ends = [1 + round(i * (iterations - 2) / slices) for i in range(slices + 1)]  # a process at its end has no clock
+    trainees, clocks, starts, results = [], [], [], {}
+    for contender in field:
+        trainees.append(Trainee(contender, environ))
+        clocks.append([trainees[-1].advance(ends[0])])
+        starts.append(trainees[-1].wall)
+    for end in ends[1:]:
+        for trainee, clock in zip(trainees, clocks, strict=True):
+            clock.append(trainee.advance(end))
+    for trainee, clock, start in zip(trainees, clocks, starts, strict=True):
+        seeds, turns = trainee.contender.seeds, zip(itertools.pairwise(ends), itertools.pairwise(clock), strict=True)
+        sps = [trainee.contender.batch * seeds * (b - a) / (after - before) for (a, b), (before, after) in turns]
+        loop = {"cpu": clock[-1] - clock[0], "wall": trainee.wall - start}
+        results[trainee.contender.name] = {"seeds": seeds, "sps": sps, "loop": loop, "whole": trainee.finish()}
     return results
 
 
@@ -160,8 +157,8 @@ def measure(flags: Flags) -> dict[str, Any]:
     args = defaults(flags.env)
     batch = args.num_envs * args.num_steps
     budget, iterations = args.total_timesteps, (flags.steps or args.total_timesteps) // batch
-    if iterations <= flags.slices:
-        raise ValueError(f"--steps {flags.steps} must be more than --slices {flags.slices} iterations of {batch} steps")
+    if iterations < flags.slices + 2:
+        raise ValueError(f"--steps {flags.steps} must be at least {flags.slices + 2} iterations of {batch} steps")
     load, cpu = os.getloadavg(), re.findall("model name\\s*: (.*)", Path("/proc/cpuinfo").read_text())[0]
     with tempfile.TemporaryDirectory() as folder:
         runs = Path(folder)
@@ -174,7 +171,7 @@ def measure(flags: Flags) -> dict[str, Any]:
             compiling[name] = {clock: cold[clock] - warm[clock] for clock in cold}
         results = race(contenders(args, flags, iterations * batch, runs), environ, iterations, flags.slices)
     for name, result in results.items():
-        rest = (budget // batch - iterations) / (iterations - 1)
+        rest = (budget // batch - iterations) / (iterations - 2)
         result["compile"] = compiling.get(name, {"cpu": 0.0, "wall": 0.0})
         result["warm"] = {c: result["whole"][c] + rest * result["loop"][c] for c in result["whole"]}
         result["cold"] = {c: result["warm"][c] + result["compile"][c] for c in result["warm"]}
@@ -233,6 +230,7 @@ def _table(title: str, *columns: str) -> Table:
 def main() -> None:
     """Parse, measure, print and save."""
     flags = tyro.cli(Flags, description=__doc__)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("SIGTERM"))  # which runs what atexit has
     try:
         report = measure(flags)
     except (ValueError, RuntimeError) as error:

@@ -56,6 +56,8 @@ def begin(obs: Tensor) -> tuple[dict[str, Any], Tensor]:
 def observe(normalizer: dict[str, Any], step: Step, gamma: float, cleanrl: bool) -> tuple[dict[str, Any], Step]:
     """Normalise the observations of a step and scale its rewards by running statistics, both clipped to +-10.
 
+    Details 28 and 29 (observations), 30 and 31 (rewards) of PPO, after Huang et al. 2022.
+
     The true successor enters the statistics, then the first observation of a new episode where one begins. Rewards are
     divided by the standard deviation of the discounted return so far; no mean is subtracted.
 

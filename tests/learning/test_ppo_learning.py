@@ -85,21 +85,22 @@ class Masked(TensorEnv):
 
 @pytest.fixture
 def score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Score:
-    """Trains two seeds and returns their score; `flipped` turns the advantages' sign, `toy` replaces the environment."""
+    """Trains two seeds and returns their score; `flipped` turns the advantages' sign, `toy` is another environment."""
 
     def run(flipped: bool, toy: type[TensorEnv] | None = None, **flags: Any) -> float:
-        advantages = ppo.advantages
+        targets = ppo.targets
 
         def flip(*args: Any, **kwargs: Any) -> Rollout:
-            data = advantages(*args, **kwargs)
+            data = targets(*args, **kwargs)
             return {**data, "advantages": -data["advantages"]}
 
         if flipped:
-            monkeypatch.setattr(ppo, "advantages", flip)
+            monkeypatch.setattr(ppo, "targets", flip)
         if toy:
             monkeypatch.setattr(ppo, "make", lambda _, seeds, num_envs, device, backend: toy(seeds, num_envs, device))
         args = Args(num_envs=32, num_steps=32, num_seeds=2, compile=False, runs_dir=tmp_path, **flags)
         last = [returns[-20:] for returns in ppo.train(args).recent]
+        print("SCORE", sum(map(sum, last)) / sum(map(len, last)))
         return sum(map(sum, last)) / sum(map(len, last))
 
     return run

@@ -39,7 +39,8 @@ def test_ranks_average_to_the_whole_batch(tmp_path: Path) -> None:
     """Guards against gradients summed, not averaged, or averaged over parameters in another order."""
     here = Path(__file__)
     code = (
-        f"import sys, torch; sys.path[:0] = [{str(here.parent)!r}, {str(here.parents[2])!r}]; import test_distributed as t\n"
+        f"import sys, torch; sys.path[:0] = [{str(here.parent)!r}, {str(here.parents[2])!r}]\n"
+        "import test_distributed as t\n"
         "rank, size = t.ppo.ranks(); grads = t.gradients_of(slice(rank * 16, rank * 16 + 16))\n"
         f"torch.save(grads, {str(tmp_path)!r} + f'/{{rank}}.pt')\n"
     )

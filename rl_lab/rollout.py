@@ -49,7 +49,7 @@ def contiguous(tree: Any) -> Any:
 
 
 def draw_shuffles(batch: int, epochs: int, minibatches: int, generator: torch.Generator) -> Tensor:
-    """(epochs * minibatches, batch // minibatches) indices: a fresh permutation for each epoch (PPO's detail 6), cut."""
+    """(epochs * minibatches, batch // minibatches) indices: each epoch's a fresh permutation (PPO's detail 6)."""
     shuffles = [torch.randperm(batch, generator=generator, device=generator.device) for _ in range(epochs)]
     return torch.cat(shuffles).reshape(epochs * minibatches, -1)
 

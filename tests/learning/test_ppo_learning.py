@@ -100,7 +100,6 @@ def score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Score:
             monkeypatch.setattr(ppo, "make", lambda _, seeds, num_envs, device, backend: toy(seeds, num_envs, device))
         args = Args(num_envs=32, num_steps=32, num_seeds=2, compile=False, runs_dir=tmp_path, **flags)
         last = [returns[-20:] for returns in ppo.train(args).recent]
-        print("SCORE", sum(map(sum, last)) / sum(map(len, last)))
         return sum(map(sum, last)) / sum(map(len, last))
 
     return run

@@ -76,7 +76,9 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if hashlib.sha256(blob.replace(digest[0], _ZEROS, 1)).hexdigest().encode() != digest[0]:
         raise ValueError(f"{path} is damaged: its content does not match its checksum")
     header = json.loads(blob[8 : 8 + int.from_bytes(blob[:8], "little")])
-    return safetensors.torch.load(blob), {k: v for k, v in header["__metadata__"].items() if k != _SHA256}
+    # Clones, because kernels round differently where memory is not aligned as torch aligns it.
+    tensors = {name: tensor.clone() for name, tensor in safetensors.torch.load(blob).items()}
+    return tensors, {k: v for k, v in header["__metadata__"].items() if k != _SHA256}
 
 
 def replace_file(path: Path, *chunks: bytes | memoryview, keep: Path | None = None) -> None:

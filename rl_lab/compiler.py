@@ -83,8 +83,8 @@ class Compiled:
     def __call__(self, *args: Any) -> Any:
         """Trees in, a tree of new tensors out. Shapes, dtypes and devices must be those of the first call."""
         if not self.enabled:
-            with torch.no_grad():
-                return self.function(*args)
+            with torch.no_grad():  # dense memory of their own, as the compiled graph's; kernels round by alignment
+                return pytree.tree_map(lambda x: x.clone(memory_format=torch.contiguous_format), self.function(*args))
         leaves, treespec = pytree.tree_flatten(args)
         run, outspec = self._graph or self._build(leaves, treespec)
         return pytree.tree_unflatten(run(leaves), outspec)

@@ -52,7 +52,7 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("--max-grad-norm inf", "--max-grad-norm inf must be finite and above 0"),
         ("--ent-coef -0.1", "--ent-coef -0.1 must be finite and 0 or more"),
         ("--vf-coef inf", "--vf-coef inf must be finite and 0 or more"),
-        ("--target-kl 0", "--target-kl 0.0 must be above 0"),
+        ("--target-kl 0", "--target-kl 0.0 must be finite and above 0"),
         ("--resume /dev", "--resume /dev is no complete run folder .*; name one that training made"),
     ],
 )

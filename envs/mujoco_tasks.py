@@ -39,7 +39,10 @@ class Task:
     def __init__(self, version: int, xp: Any = np) -> None:
         """Load the model of `version` 4 or 5; `xp` is the array library, numpy or torch."""
         self.version, self.xp = version, xp
+        heard = mujoco.get_mju_user_warning()
+        mujoco.set_mju_user_warning(lambda _: None)  # deprecations in Gymnasium's models
         self.model = mujoco.MjModel.from_xml_path(str(ASSETS / self.xml))
+        mujoco.set_mju_user_warning(heard)
         # A 0-d array, as NumPy would convert a Python number anew in each operation: 0.5 us of each step.
         self.dt = xp.asarray(self.model.opt.timestep * self.frame_skip)
 

@@ -117,9 +117,10 @@ def test_killed_at_ten_random_moments(lab: Lab, tmp_path: Path, flags: list[str]
 
 
 @pytest.mark.slow
-def test_killed_while_compiled(lab: Lab, tmp_path: Path) -> None:
-    flags = [*CARTPOLE, "--compile"]
-    lab.trained(tmp_path / "cache", *flags)  # so that the compiler's own files do not count
+@pytest.mark.parametrize("flags", [CARTPOLE, HALFCHEETAH], ids=["native", "mujoco"])
+def test_killed_while_compiled(lab: Lab, tmp_path: Path, flags: list[str]) -> None:
+    flags = [*flags, "--compile"]
+    lab.train(tmp_path / "cache", *flags)  # so that the compiler's own files do not count
     kill_five_times(lab, tmp_path / "writes", flags, WRITES, random.Random(0))
 
 

@@ -53,9 +53,11 @@ def keep(runs: Sequence[Run], target: Path) -> Path:
     Returns:
         the CSV written; equal input gives equal bytes.
     Raises:
-        ValueError: if a seed is missing or foreign, or a run was stopped early.
+        ValueError: if a seed is missing or foreign, there is but one, or a run was stopped early.
     """
     first = min(runs, key=lambda run: run.seed)
+    if len(runs) < 2:
+        raise ValueError(f"{first.path} is a single run, which has no interval: train several with --num-seeds 10")
     trained, given = first.config.get("group", []), [run.path.resolve().name for run in runs]
     if sorted(trained) != sorted(given):
         raise ValueError(

@@ -75,6 +75,8 @@ def test_seeds_are_kept_all_or_none(here: Path) -> None:
     other = train(Path("other"), "CartPole-v1", 500_000, "Discrete", (1.0, 2.0, 3.0, 4.0))
     with pytest.raises(ValueError, match="of which 3 are among the 4 runs given"):
         summary.keep([*runs, other[3]], Path("kept"))
+    with pytest.raises(ValueError, match="a single run, which has no interval"):
+        summary.keep(runs[:1], Path("kept"))
 
 
 def test_a_row_of_the_table(here: Path) -> None:

@@ -1,0 +1,55 @@
+"""Put the measured speeds of `benchmarks/results` into the README, between its speed marks.
+
+python -m benchmarks.readme
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+PEERS = ("Stable-Baselines3", "CleanRL")
+
+
+def row(report: dict[str, Any]) -> list[str]:
+    """One environment: steps per CPU-second with one seed and with ten, with ratios, and time to result."""
+    results = report["results"]
+    cells = [report["env"]]
+    for name in ("rl_lab", "rl_lab, 10 seeds"):
+        ratios = (median(a / b for a, b in zip(results[name]["sps"], results[p]["sps"], strict=True)) for p in PEERS)
+        cells.append(f"{median(results[name]['sps']):,.0f} ({' / '.join(f'{ratio:.1f} ×' for ratio in ratios)})")
+    cells += [f"{median(results[peer]['sps']):,.0f}" for peer in PEERS]
+    seconds = [results["rl_lab"][start]["cpu"] for start in ("warm", "cold")]
+    seconds += [results[peer]["warm"]["cpu"] for peer in PEERS]
+    steps = f"{report['budget']:,} steps" + (", extrapolated" if report["steps"] < 0.99 * report["budget"] else "")
+    return [*cells, " / ".join(f"{value:,.0f} s" for value in seconds) + f" ({steps})"]
+
+
+def table(folder: Path) -> str:
+    """Markdown of every report in `folder`."""
+    reports = [json.loads(path.read_text()) for path in sorted(folder.glob("ppo-*.json"))]
+    header = ["environment", "rl_lab, one seed (× SB3 / CleanRL)", "ten seeds in all (likewise)", *PEERS]
+    header.append("CPU time to result: rl_lab warm / cold / SB3 / CleanRL")
+    rows = [header, ["---"] + ["---:"] * 5, *map(row, reports)]
+    machines = {f"{report['machine']['cpu']}, {report['machine']['cores']} cores" for report in reports}
+    return (
+        "\n".join(f"| {' | '.join(cells)} |" for cells in rows) + f"\n\nMeasured on {' and '.join(sorted(machines))}."
+    )
+
+
+def main() -> None:
+    readme = ROOT / "README.md"
+    begin, end = "<!-- speed:ppo -->\n", "\n<!-- /speed:ppo -->"
+    text = begin + table(ROOT / "benchmarks/results") + end
+    new, count = re.subn(f"{begin}.*?{end[1:]}", lambda _: text, readme.read_text(encoding="utf-8"), flags=re.S)
+    if count != 1:
+        raise SystemExit(f"{readme} needs the marks {begin.strip()} and {end.strip()} once each")
+    readme.write_text(new, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -247,9 +247,9 @@ def learn(
 
 def train(args: Args) -> Run:
     """Train `args.num_seeds` agents; everything is in the run folders afterwards."""
-    rank, num_ranks = ranks()
-    whole, args = share(args)  # of all ranks under torchrun, and this one's share
-    env = make(args.env, args.env_seeds(rank), args.num_envs, args.torch_device, args.backend)
+    (rank, num_ranks), (whole, args) = ranks(), share(args)  # `whole` is of all ranks under torchrun, `args` this one's
+    where = (args.torch_device, args.backend, args.env_threads)
+    env = make(args.env, args.env_seeds(rank), args.num_envs, *where)
     actions, obs_size = Actions.of(env.action_space), flat_size(env.observation_space)
     generators = args.generators(0)
     params = stack([init_params(obs_size, actions, g) for g in generators])
@@ -276,7 +276,7 @@ def train(args: Args) -> Run:
         params, opt, metrics = learner(params, opt, rollout, torch.stack(shuffles, dim=1), learning_rate)
         run.log(gathered(rollout, args.num_seeds), metrics)
         if run.evaluation_due:
-            test_env = make(args.env, args.evaluation_seeds, 10, args.torch_device, args.backend)
+            test_env = make(args.env, args.evaluation_seeds, 10, *where)
             run.evaluate(partial(policy, noise=None, actions=actions), params, collector.normalizer, test_env)
     run.finish(params, collector.normalizer)
     return run

@@ -14,7 +14,7 @@ from rl_lab.envs.classic import CLASSIC
 from rl_lab.vector import VectorEnv
 
 BACKENDS = ("auto", "native", "gymnasium")
-EXTRAS = {"ale_py": "rl_lab[atari]", "mujoco": "gymnasium[mujoco]"}  # by the package missing
+INSTALL = {"ale_py": '-c constraints.txt -e ".[atari]"', "mujoco": '"gymnasium[mujoco]"'}  # by the package missing
 
 
 def make(
@@ -23,6 +23,7 @@ def make(
     num_envs: int,
     device: torch.device | str = "cpu",
     backend: str = "auto",
+    num_threads: int = 1,
 ) -> VectorEnv:
     """Make len(seeds) * num_envs environments in the form of `rl_lab.vector`.
 
@@ -33,6 +34,7 @@ def make(
         device: where the tensors live. MuJoCo and Gymnasium environments compute on the CPU and hand tensors over.
         backend: "native" is this package's batched implementation, "gymnasium" the original, "auto" the native one
             where there is one.
+        num_threads: threads that share the rows of a native MuJoCo environment.
     Raises:
         ValueError: if an argument is unusable, the id unknown or a package missing; it says what would work.
     """
@@ -50,17 +52,21 @@ def make(
             hint = f"the nearest ids are {', '.join(nearest)}" if nearest else "no id is spelled nearly so"
             raise ValueError(f"env_id={env_id!r} is unknown: {hint}")
         if backend != "gymnasium":
-            if env_id in CLASSIC:
+            if env_id in CLASSIC and num_threads == 1:
                 return CLASSIC[env_id](seeds, num_envs, device)
             from rl_lab.envs.mujoco import MujocoEnv  # here, so that the others do not need mujoco
             from rl_lab.envs.mujoco_tasks import TASKS
 
             if env_id in TASKS:
-                return MujocoEnv(env_id, seeds, num_envs, device)
-            if backend == "native":
+                return MujocoEnv(env_id, seeds, num_envs, device, num_threads)
+            if backend == "native" and num_threads == 1:
                 raise ValueError(f"backend='native' has no {env_id}; it has {', '.join([*CLASSIC, *TASKS])}")
+        if num_threads != 1:
+            raise ValueError(
+                f"num_threads={num_threads}: only native MuJoCo environments step on threads; 1 is the rest's"
+            )
         return GymnasiumEnv(env_id, seeds, num_envs, device)
     except (gym.error.Error, ImportError) as error:
         package = getattr(error, "name", None)  # Gymnasium's own errors name no package, they say what to install
-        reason = f'it needs {package}: pip install "{EXTRAS[package]}"' if package in EXTRAS else error
+        reason = f"it needs {package}: pip install {INSTALL[package]}" if package in INSTALL else error
         raise ValueError(f"{env_id} cannot be made: {reason}") from error

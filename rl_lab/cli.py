@@ -62,6 +62,8 @@ class RunArgs:
     """compile with AOTInductor; --no-compile is for debugging"""
     torch_threads: int = 1
     """CPU threads of torch; one is fastest for small networks"""
+    env_threads: int = 1
+    """CPU threads that step native MuJoCo environments"""
     runs_dir: Path = Path("runs")
     """where run folders are made"""
     checkpoint_every: int = 100_000

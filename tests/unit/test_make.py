@@ -45,6 +45,9 @@ def test_backend(env_id: str, backend: str, expected: type) -> None:
         (("CartPoole-v1", [0], 1), "env_id='CartPoole-v1' is unknown: the nearest ids are CartPole-v1"),
         (("HalfCheeta-v4", [0], 1), "HalfCheetah-v4"),
         (("?", [0], 1), "no id is spelled nearly so"),
+        (("CartPole-v1", [0], 1, "cpu", "auto", 2), "num_threads=2: only native MuJoCo environments"),
+        (("CartPole-v1", [0], 1, "cpu", "native", 2), "num_threads=2: only native MuJoCo environments"),
+        (("HalfCheetah-v4", [0], 1, "cpu", "gymnasium", 2), "num_threads=2: only native MuJoCo environments"),
         (("nowhere_to_be_found:X-v0", [0], 1), "No module named 'nowhere_to_be_found'"),
         (("HalfCheetah-v3", [0], 1), "HalfCheetah-v3 cannot be made"),
         (("FrozenLake-v1", [0], 1), "observation space Discrete\\(16\\) is refused"),
@@ -63,7 +66,10 @@ def test_refusals_say_what_would_work(arguments: tuple, message: str) -> None:
 
 @pytest.mark.parametrize(
     ("module", "env_id", "install"),
-    [("ale_py", "ALE/Pong-v5", 'pip install "rl_lab[atari]"'), ("mujoco", "Ant-v5", 'pip install "gymnasium[mujoco]"')],
+    [
+        ("ale_py", "ALE/Pong-v5", 'pip install -c constraints.txt -e ".[atari]"'),
+        ("mujoco", "Ant-v5", 'pip install "gymnasium[mujoco]"'),
+    ],
 )
 def test_missing_package_is_named_with_its_command(
     monkeypatch: pytest.MonkeyPatch, module: str, env_id: str, install: str

@@ -71,7 +71,8 @@ class RunArgs:
     eval_every: int = 0
     """env steps of one seed between evaluations of 10 episodes, logged as eval/episodic_return; 0 for none"""
     resume: Path | None = None
-    """run folder to continue; its flags hold, and those given must agree with them"""
+    """run folder to continue; its flags hold, and those given must agree with them, but for --checkpoint-every, and a
+    larger --total-timesteps where nothing is annealed, which prolongs the run"""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -229,7 +230,7 @@ class Run:
                 if caught:
                     raise self._stopped(caught[0])
         except OSError as error:
-            raise OSError(f"{error}; make room, then continue with --resume {self.logs.folders[0]}") from None
+            raise self._refused(error) from None
         finally:
             self.progress.close()
             for number, handler in handlers.items():
@@ -273,7 +274,10 @@ class Run:
             values = {name: row[index] for name, row in zip(names, table, strict=True)}
             self.logs.scalars(index, end, {**values, "charts/SPS": float(int(sps))})
         if time.monotonic() - self.flushed > 10:  # for whoever watches TensorBoard
-            self.logs.flush()
+            try:
+                self.logs.flush()
+            except OSError as error:
+                raise self._refused(error) from None
             self.flushed = time.monotonic()
         self.progress.update(end, sps * num_seeds, [sum(r) / len(r) if r else math.nan for r in self.recent])
 
@@ -340,6 +344,9 @@ class Run:
         step = self.checkpointed * self.steps_per_iteration
         how = f"checkpointed at step {step}; continue with --resume {self.logs.folders[0]}"
         return Stopped(f"{signal.Signals(number).name}: stopped, {how}", 128 + number)
+
+    def _refused(self, error: OSError) -> OSError:
+        return OSError(f"{error}; make room, then continue with --resume {self.logs.folders[0]}")
 
     def _diverged(self, what: str, cause: str) -> FloatingPointError:
         self.logs.flush()  # the way there

@@ -151,6 +151,12 @@ def spoiled(self, *arguments):
     return found * torch.nan if "{part}" == "observe" else (found[0], found[1] * torch.nan, found[2])
 task.{part} = spoiled
 """
+# The logs are flushed after each iteration that comes ten seconds after the last flush.
+LATE = """
+import itertools, time
+clock = itertools.count(0, 11)
+time.monotonic = lambda: float(next(clock))
+"""
 FULL = """
 import resource, rl_lab.log, rl_lab.checkpoint
 whole, seen = {module}.{name}, [0]
@@ -176,8 +182,12 @@ def full(*arguments, **named):
             FULL.format(module="rl_lab.log.RunLog", name="flush", calls=3, size=3000),
             "File too large: .*events.*--resume",
         ),
+        (
+            LATE + FULL.format(module="rl_lab.log.RunLog", name="flush", calls=3, size=1500),
+            "File too large: .*events.*--resume",
+        ),
     ],
-    ids=["reward is NaN", "observation is NaN", "no room for a checkpoint", "no room for events"],
+    ids=["NaN reward", "NaN observation", "no room for a checkpoint", "nor for its events", "nor between checkpoints"],
 )
 def test_nothing_is_lost_by_a_fault(lab: Lab, tmp_path: Path, whole: dict[str, Any], fault: str, message: str) -> None:
     ended = lab.train(tmp_path, "--num-seeds", 2, before=fault)

@@ -97,7 +97,7 @@ def score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Score:
         if flipped:
             monkeypatch.setattr(ppo, "targets", flip)
         if toy:
-            monkeypatch.setattr(ppo, "make", lambda _, seeds, num_envs, device, backend: toy(seeds, num_envs, device))
+            monkeypatch.setattr(ppo, "make", lambda _, seeds, num_envs, *__: toy(seeds, num_envs))
         args = Args(num_envs=32, num_steps=32, num_seeds=2, compile=False, runs_dir=tmp_path, **flags)
         last = [returns[-20:] for returns in ppo.train(args).recent]
         return sum(map(sum, last)) / sum(map(len, last))

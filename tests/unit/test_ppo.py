@@ -356,7 +356,7 @@ def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., An
         with monkeypatch.context() as patch:
             patch.setattr(ppo.Run, "log", recording_log)
             if toy:
-                patch.setattr(ppo, "make", lambda _, seeds, num_envs, device, backend: toy(seeds, num_envs, device))
+                patch.setattr(ppo, "make", lambda _, seeds, num_envs, *__: toy(seeds, num_envs))
             folder = tmp_path / str(len(list(tmp_path.iterdir())))
             state = ppo.train(replace(args, runs_dir=folder)).state()
         return state, logged

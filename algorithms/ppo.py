@@ -40,7 +40,7 @@ from rl_lab.networks import Params, flat_size, init_mlp, mlp, pack, stack, unpac
 from rl_lab.normalize import observe, standardize
 from rl_lab.optim import AdamState, adam, clip_gradients, init_adam
 from rl_lab.returns import explained_variance, gae
-from rl_lab.rollout import Collector, Inputs, Rollout, contiguous, draw_shuffles, split_seeds
+from rl_lab.rollout import Collector, Inputs, Rollout, contiguous, draw_shuffles, on_device, split_seeds
 
 
 @dataclass(frozen=True)
@@ -263,7 +263,7 @@ def train(args: Args) -> Run:
 
     run = Run(whole, "ppo", env, lambda: {"params": params, "opt": opt, "collector": collector.state_dict()})
     if run.saved:
-        params, opt = run.saved["params"], run.saved["opt"]
+        params, opt = on_device((run.saved["params"], run.saved["opt"]), env.device)
         collector.load_state_dict(run.saved["collector"])
 
     batch = args.num_envs * args.num_steps

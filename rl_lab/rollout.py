@@ -43,6 +43,11 @@ def merge_seeds(tree: Any) -> Any:
     return pytree.tree_map(lambda x: x.flatten(0, 1), tree)
 
 
+def on_device(tree: Any, device: torch.device) -> Any:
+    """Every tensor of a tree on `device`, as a checkpoint's are not."""
+    return pytree.tree_map(lambda x: x.to(device), tree)
+
+
 def contiguous(tree: Any) -> Any:
     """Every tensor of a tree with its own, dense memory, as compiled functions need them."""
     return pytree.tree_map(lambda x: x.clone(memory_format=torch.contiguous_format), tree)
@@ -119,7 +124,7 @@ class Collector:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`."""
         self.env.load_state_dict(state["env"])
-        self.normalizer, self.obs = state["normalizer"], state["obs"]
+        self.normalizer, self.obs = on_device((state["normalizer"], state["obs"]), self.env.device)
         for seed, generator in zip(self.env.seeds, self.generators, strict=True):
             generator.set_state(state["generators"][str(seed)].cpu())
 

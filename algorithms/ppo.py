@@ -31,7 +31,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 
-from rl_lab.cli import Run, RunArgs, run
+from rl_lab.cli import RunArgs, run
 from rl_lab.compiler import Compiled, scan
 from rl_lab.distributed import averaged, gathered, ranks, share
 from rl_lab.distributions import Actions, Outputs, draw_noise, logprob_and_entropy, sample
@@ -41,6 +41,7 @@ from rl_lab.normalize import observe, standardize
 from rl_lab.optim import AdamState, adam, clip_gradients, init_adam
 from rl_lab.returns import explained_variance, gae
 from rl_lab.rollout import Collector, Inputs, Rollout, contiguous, draw_shuffles, on_device, split_seeds
+from rl_lab.run import Run
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,6 @@ def loss(params: Params, batch: Rollout, actions: Actions, args: Args) -> tuple[
         near = old_values + (values - old_values).clamp(-args.clip_coef, args.clip_coef)
         squares = torch.maximum(squares, (near - returns).square())
     value_loss = 0.5 * squares.mean()
-
     entropy = entropy.mean()
     total = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss  # detail 10, [2017, Eq. 9]
     metrics = {  # detail 12; approx_kl is the k3 estimator of Schulman's blog, "Approximating KL divergence"

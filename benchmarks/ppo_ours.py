@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 
 from rl_lab.algorithms.ppo import main
-from rl_lab.cli import Run
+from rl_lab.run import Run
 
 iterations = Run.iterations
 

@@ -57,7 +57,7 @@ def _unaliased(carry: Any, y: Any) -> tuple[Any, Any]:
     return pytree.tree_map(torch.clone, carry), pytree.tree_map(torch.clone, y)
 
 
-_NEVER_TRACED = {"__init__", "__main__", "checkpoint", "cli", "compare", "evaluate", "log"}
+_NEVER_TRACED = {"__init__", "__main__", "checkpoint", "cli", "compare", "evaluate", "log", "run"}
 
 
 class NoCompiler(RuntimeError):

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Sends signals to itself while an iteration, counted from 1, is being logged.
 SIGNALS = """
 import os, signal
-from rl_lab.cli import Run
+from rl_lab.run import Run
 log, seen = Run.log, [0]
 def signalling(*arguments):
     seen[0] += 1

@@ -17,13 +17,13 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from torch import Tensor
 
 import rl_lab
-import rl_lab.cli
+import rl_lab.run
 from rl_lab import checkpoint
 from rl_lab.algorithms import ppo
-from rl_lab.cli import Run
 from rl_lab.envs import make
 from rl_lab.episodes import evaluate, evaluation_seeds
 from rl_lab.evaluate import main, play
+from rl_lab.run import Run
 from rl_lab.vector import Step, VectorEnv
 
 CARTPOLE = ppo.Args(total_timesteps=4096, num_seeds=2, compile=False, eval_every=1000)
@@ -297,7 +297,7 @@ def test_a_resumed_run_evaluates_as_the_uninterrupted_one(
             raise Killed  # in the third evaluation: the checkpoint is an iteration older
         return evaluate(act, env, episodes)
 
-    monkeypatch.setattr(rl_lab.cli, "evaluate", killing)
+    monkeypatch.setattr(rl_lab.run, "evaluate", killing)
     args = replace(CARTPOLE, runs_dir=tmp_path, checkpoint_every=512)
     with pytest.raises(Killed):
         ppo.train(args)

@@ -131,7 +131,8 @@ def _compile(function: Function, leaves: list[Tensor], treespec: pytree.TreeSpec
     def flat(*leaves: Tensor) -> tuple[Tensor, ...]:
         outputs, spec = pytree.tree_flatten(function(*pytree.tree_unflatten(leaves, treespec)))
         outspec.append(spec)
-        return tuple(x.clone() for x in outputs)  # outputs that are inputs, or each other, would be shared
+        # Clones, as outputs that are inputs, or each other, would be shared; dense, as the next call takes them so.
+        return tuple(x.clone(memory_format=torch.contiguous_format) for x in outputs)
 
     if not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
         raise NoCompiler(

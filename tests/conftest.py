@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # for subprocesses; this one has torch loaded already
     torch.set_num_threads(1)
+    os.environ.setdefault("AOTI_RUNTIME_CHECK_INPUTS", "1")  # compiled graphs check shapes and strides, here only
     # What a test compiles, the later ones load, and so does the next session (`pytest --cache-clear` starts anew).
     if config.pluginmanager.has_plugin("cacheprovider"):
         assert config.cache is not None

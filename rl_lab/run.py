@@ -20,6 +20,7 @@ from rl_lab.log import Progress, RunLog
 from rl_lab.rollout import merge_seeds, split_seeds
 from rl_lab.vector import VectorEnv
 
+FLUSH_EVERY = 10.0  # seconds, for whoever watches TensorBoard
 SMALLER = "a smaller --learning-rate is the usual cure"
 
 
@@ -143,7 +144,7 @@ class Run:
                 self.recent[index] = [*self.recent[index], *returns[mine].tolist()][-100:]
             values = {name: row[index] for name, row in zip(names, table, strict=True)}
             self.logs.scalars(index, end, {**values, "charts/SPS": float(int(sps))})
-        if time.monotonic() - self.flushed > 10:  # for whoever watches TensorBoard
+        if time.monotonic() - self.flushed > FLUSH_EVERY:
             try:
                 self.logs.flush()
             except OSError as error:

@@ -31,13 +31,15 @@ def count(frame, event, argument, seen=[0]):
             os.kill(os.getpid(), signal.SIGKILL)
         if event == "call" and frame.f_code.co_name == "finish":
             print("count:", seen[0])
-import rl_lab.algorithms.ppo as ppo
+import rl_lab.algorithms.ppo as ppo, rl_lab.run
+rl_lab.run.FLUSH_EVERY = 1e9  # or a slow machine would make more calls
 train = ppo.train
 ppo.train = lambda args: (sys.setprofile(count), train(args))
 """
 # The same for the system calls by which files change, so that checkpoints and logs are torn.
 WRITES = """
-import os, signal
+import os, signal, rl_lab.run
+rl_lab.run.FLUSH_EVERY = 1e9  # or a slow machine would write more often
 def counted(name, seen=[0]):
     call = getattr(os, name)
     def wrapper(*arguments):

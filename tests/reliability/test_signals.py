@@ -61,7 +61,10 @@ def test_signals(lab: Lab, tmp_path: Path, numbers: list[int], iteration: int, s
 
 
 def test_ctrl_c_before_the_first_iteration(lab: Lab, tmp_path: Path) -> None:
-    early = "import signal, rl_lab.envs as e; e.GymnasiumEnv = lambda *_: signal.raise_signal(signal.SIGINT)"
+    early = (  # with Python's handler, which a background process of a shell does not get
+        "import signal, rl_lab.envs as e; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "e.GymnasiumEnv = lambda *_: signal.raise_signal(signal.SIGINT)"
+    )
     ended = lab.train(tmp_path / "runs", "--env", "CartPole-v0", before=early)
     assert (ended.status, ended.err) == (130, "interrupted\n")
 

@@ -8,6 +8,7 @@ import math
 import random
 import re
 import signal
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,16 +90,22 @@ def killed_and_resumed(lab: Lab, runs_dir: Path, flags: list[str], before: str, 
     folders: list[Path] = []
     reached = set()  # iterations
     for session, moment in enumerate([*moments, 0]):
-        if folders and (folders[0] / checkpoint.NAME).exists():
+        if has_checkpoint(folders):
             ended = lab.run("--resume", folders[session % len(folders)], before=before.format(moment=moment))
         else:
             ended = lab.train(runs_dir / str(session), *flags, before=before.format(moment=moment))
             folders = lab.folders(runs_dir / str(session)) if (runs_dir / str(session)).exists() else []
         assert ended.status == (-signal.SIGKILL if moment else 0), ended.err
-        if folders and (folders[0] / checkpoint.NAME).exists():
-            reached.add(checkpoint.load(folders[0])["run"]["iteration"])
+        if has_checkpoint(folders):
+            with warnings.catch_warnings(action="ignore"):  # of a previous one
+                reached.add(checkpoint.load(folders[0])["run"]["iteration"])
     assert len(reached) >= 4, "the kills did not spread over the run"
     return folders
+
+
+def has_checkpoint(folders: list[Path]) -> bool:
+    """A kill between the two renames leaves the previous one only."""
+    return any((folder / name).exists() for folder in folders[:1] for name in (checkpoint.NAME, checkpoint.PREVIOUS))
 
 
 CARTPOLE = ["--env", "CartPole-v1", "--num-seeds", "2", "--checkpoint-every", "32"]

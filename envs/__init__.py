@@ -14,7 +14,8 @@ from rl_lab.envs.classic import CLASSIC
 from rl_lab.vector import VectorEnv
 
 BACKENDS = ("auto", "native", "gymnasium")
-INSTALL = {"ale_py": '-c constraints.txt -e ".[atari]"', "mujoco": '"gymnasium[mujoco]"'}  # by the package missing
+ATARI = '-c constraints.txt -e ".[atari]"'
+INSTALL = {"ale_py": ATARI, "cv2": ATARI, "mujoco": '"gymnasium[mujoco]"'}  # by the package missing
 
 
 def make(
@@ -24,6 +25,7 @@ def make(
     device: torch.device | str = "cpu",
     backend: str = "auto",
     num_threads: int = 1,
+    sticky_actions: float = 0.0,
 ) -> VectorEnv:
     """Make len(seeds) * num_envs environments in the form of `rl_lab.vector`.
 
@@ -31,10 +33,12 @@ def make(
         env_id: a Gymnasium id, such as "CartPole-v1"; "module:Name-v0" imports the module that registers it.
         seeds: one non-negative integer per agent.
         num_envs: environments per seed.
-        device: where the tensors live. MuJoCo and Gymnasium environments compute on the CPU and hand tensors over.
+        device: where the tensors live. MuJoCo, Atari and Gymnasium environments compute on the CPU and hand tensors
+            over.
         backend: "native" is this package's batched implementation, "gymnasium" the original, "auto" the native one
             where there is one.
         num_threads: threads that share the rows of a native MuJoCo environment.
+        sticky_actions: probability that a native Atari game repeats the frame before's action.
     Raises:
         ValueError: if an argument is unusable, the id unknown or a package missing; it says what would work.
     """
@@ -45,13 +49,23 @@ def make(
     if not seeds or min(seeds) < 0:
         raise ValueError(f"seeds={list(seeds)} must be one or more integers from 0 up")
     try:
-        if env_id.startswith("ALE/"):
+        atari = env_id.endswith("NoFrameskip-v4")
+        if atari or env_id.startswith("ALE/"):
             importlib.import_module("ale_py")  # registers these ids
         if env_id not in gym.registry and ":" not in env_id:
             nearest = difflib.get_close_matches(env_id, gym.registry)
             hint = f"the nearest ids are {', '.join(nearest)}" if nearest else "no id is spelled nearly so"
             raise ValueError(f"env_id={env_id!r} is unknown: {hint}")
+        if sticky_actions and (backend == "gymnasium" or not atari):
+            raise ValueError(
+                f"sticky_actions={sticky_actions}: only native Atari games, as BreakoutNoFrameskip-v4, have them; 0 is "
+                "the rest's"
+            )
         if backend != "gymnasium":
+            if atari and num_threads == 1:
+                from rl_lab.envs.atari import AtariEnv  # here, so that the others need neither ale_py nor cv2
+
+                return AtariEnv(env_id, seeds, num_envs, device, sticky_actions)
             if env_id in CLASSIC and num_threads == 1:
                 return CLASSIC[env_id](seeds, num_envs, device)
             from rl_lab.envs.mujoco import MujocoEnv  # here, so that the others do not need mujoco
@@ -60,7 +74,8 @@ def make(
             if env_id in TASKS:
                 return MujocoEnv(env_id, seeds, num_envs, device, num_threads)
             if backend == "native" and num_threads == 1:
-                raise ValueError(f"backend='native' has no {env_id}; it has {', '.join([*CLASSIC, *TASKS])}")
+                known = ", ".join([*CLASSIC, *TASKS])
+                raise ValueError(f"backend='native' has no {env_id}; it has {known} and Atari's, as PongNoFrameskip-v4")
         if num_threads != 1:
             raise ValueError(
                 f"num_threads={num_threads}: only native MuJoCo environments step on threads; 1 is the rest's"

@@ -24,7 +24,7 @@ def evaluate(
     Args:
         act: {"obs": (B, *obs)} and, where the environment has one, {"mask": (B, A)}, to actions for `env.step`.
         env: B environments, reset here; every episode must end sometime.
-        episodes: of each environment, at least 1.
+        episodes: of each environment, at least 1; whole games where the environment's episodes are lives.
     Returns:
         (B, episodes) returns, and lengths in env steps.
     """
@@ -36,7 +36,9 @@ def evaluate(
         mask = env.action_mask
         step = env.step(act({"obs": obs} if mask is None else {"obs": obs, "mask": mask}))
         obs = step.obs
-        (done,) = ((step.terminated | step.truncated).cpu().numpy() & (ended < episodes)).nonzero()
+        over = env.game_over
+        over = step.terminated | step.truncated if over is None else over
+        (done,) = (over.cpu().numpy() & (ended < episodes)).nonzero()
         if len(done):
             returns[done, ended[done]] = env.episode_returns.cpu().numpy()[done]
             lengths[done, ended[done]] = env.episode_lengths.cpu().numpy()[done]

@@ -136,7 +136,7 @@ class Collector:
             noise: (T, B, ...), each seed's from its own generator.
         Returns:
             obs, actions, rewards, next_obs, terminated, truncated as `act` and `observe` give them, (T, B, ...); `mask`
-            where the environment has one; and the environment's own episode_returns and episode_lengths.
+            and `game_over` where the environment has them; and its own episode_returns and episode_lengths.
         """
         return self._fused(params, noise) if isinstance(self.env, TensorEnv) else self._stepped(params, noise)
 
@@ -169,7 +169,9 @@ class Collector:
                 *normalizer, next_obs, rewards, terminated, truncated, obs = observe([*normalizer, *step])
                 step = Step(next_obs, rewards, terminated, truncated, obs)
             obs = step.obs
-            rows.append(_row(inputs, actions, step, env.episode_returns, env.episode_lengths))
+            row = _row(inputs, actions, step, env.episode_returns, env.episode_lengths)
+            game_over = env.game_over
+            rows.append(row if game_over is None else {**row, "game_over": game_over})
         self.normalizer, self.obs = pytree.tree_unflatten(normalizer, treespec), obs
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 

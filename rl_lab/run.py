@@ -116,7 +116,8 @@ class Run:
         """Log one iteration: the episodes that ended in it, and the metrics.
 
         Args:
-            rollout: (T, B, ...) terminated, truncated, episode_returns, episode_lengths.
+            rollout: (T, B, ...) terminated, truncated, episode_returns, episode_lengths, and `game_over` where the
+                environment has it.
             metrics: tag -> (S,).
         Raises:
             FloatingPointError: if a loss is not finite; this iteration is neither logged nor checkpointed.
@@ -132,7 +133,7 @@ class Run:
                 raise self._diverged(f"{name} of seed {seed}", cause)
         begin = self.iteration * self.steps_per_iteration
         end = begin + self.steps_per_iteration
-        done = (rollout["terminated"] | rollout["truncated"]).cpu().numpy()
+        done = rollout.get("game_over", rollout["terminated"] | rollout["truncated"]).cpu().numpy()
         times, rows = done.nonzero()
         returns = rollout["episode_returns"].cpu().numpy()[times, rows]
         lengths = rollout["episode_lengths"].cpu().numpy()[times, rows]

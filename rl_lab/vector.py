@@ -46,7 +46,8 @@ class VectorEnv(abc.ABC):
         device: where every tensor lives.
         episode_returns: (B,) float64 sum of rewards of the running episode. After a step that ended an episode it
             still holds that episode's total; the next step starts the new one at zero.
-        episode_lengths: (B,) int64 steps of the running episode, likewise.
+        episode_lengths: (B,) int64 steps of the running episode, likewise. Both are those of whole games where
+            `game_over` is not None.
     """
 
     observation_space: gym.Space[Any]
@@ -80,6 +81,14 @@ class VectorEnv(abc.ABC):
     @property
     def action_mask(self) -> Tensor | None:
         """(B, A) bool, True where an action is allowed next (MultiDiscrete: components side by side), or None."""
+        return None
+
+    @property
+    def game_over(self) -> Tensor | None:
+        """(B,) bool, True where the last step ended a whole game, or None where each episode is one.
+
+        Atari's episodes are lives, which is what learning wants; people count games.
+        """
         return None
 
     def close(self) -> None:  # noqa: B027 (most environments hold nothing)

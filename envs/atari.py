@@ -1,0 +1,227 @@
+"""Atari 2600 games in batches, on ale_py's emulator, preprocessed exactly as CleanRL does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import ale_py
+import cv2
+import gymnasium as gym
+import numpy as np
+import torch
+from ale_py import roms
+from torch import Tensor
+
+from rl_lab.vector import Step, VectorEnv
+
+SUFFIX = "NoFrameskip-v4"  # of the ids that CleanRL trains on
+MAX_FRAMES = 108_000  # of a game: half an hour, as Gymnasium cuts these ids
+MAX_NOOPS = 30
+SIZE = 84  # of an observation, in pixels
+
+
+class Game:
+    """One emulator under the wrappers of CleanRL's ppo_atari.py and dqn_atari.py, in their order.
+
+    An episode is a life (detail 16 of PPO, numbered after Huang et al. 2022): where one is lost the game goes on, and
+    only a game that is over starts anew. The wrappers' oddities are kept: a game that ends within a step shows frames
+    of the step before, and one that ends while a life begins is not counted.
+
+    Its state is complete where ale_py's is: up to 0.12.1 that lacks a flag which Qbert's frames depend on (pull request
+    732 of the Arcade Learning Environment), so a Qbert that is resumed may go another way.
+
+    Attributes:
+        score, steps: unclipped reward of the running game, and the agent's steps in it.
+        over: whether the last step ended the game.
+    """
+
+    def __init__(self, rom: Path, rng: np.random.Generator, sticky_actions: float) -> None:
+        self.rng, self.sticky_actions = rng, sticky_actions
+        self.ale = ale_py.ALEInterface()
+        self.ale.setInt("random_seed", int(rng.integers(2**31)))  # Adventure begins by it
+        self.ale.setInt("max_num_frames_per_episode", MAX_FRAMES)
+        self.ale.setFloat("repeat_action_probability", 0.0)  # the binding does not save what its own would repeat
+        self.ale.loadROM(rom)
+        actions = self.ale.getMinimalActionSet()
+        self.actions, self.has_fire = [action.value for action in actions], ale_py.Action.FIRE in actions
+        self.screens = np.zeros((2, *self.ale.getScreenDims(), 3), np.uint8)  # of the third and fourth frame of a step
+        self.seen = np.zeros_like(self.screens[0])
+        self.score = self.steps = self.lives = self.held = 0
+        self.over = True
+
+    def begin(self) -> np.ndarray:
+        """Start the next life, or a new game where the last one is over; its first frame, (SIZE, SIZE) uint8."""
+        self._next_life()
+        frame = self._frame()
+        for action in (1, 2) if self.has_fire else ():  # detail 17
+            _, terminated, truncated = self._play(action)
+            frame = self._frame()
+            if terminated or truncated:
+                self._next_life()
+        return frame
+
+    def step(self, action: int) -> tuple[int, bool, bool, np.ndarray]:
+        """Unclipped reward, terminated (by the life lost, too), truncated, and the frame, (SIZE, SIZE) uint8."""
+        self.steps += 1
+        return *self._play(action), self._frame()
+
+    def _frame(self) -> np.ndarray:
+        """What was seen, resized in colour and then made grey (detail 18)."""
+        small = cv2.resize(self.seen, (SIZE, SIZE), interpolation=cv2.INTER_AREA)
+        return np.asarray(cv2.cvtColor(small, cv2.COLOR_RGB2GRAY))
+
+    def _next_life(self) -> None:
+        if not self.over:
+            self._skip(0)
+        if self.over or self.ale.game_over():
+            self._restart()
+            for _ in range(self.rng.integers(1, MAX_NOOPS + 1)):  # detail 14
+                self._act(0)
+                if self.ale.game_over():
+                    self._restart()
+            self.ale.getScreenRGB(self.seen)
+        self.lives = self.ale.lives()
+
+    def _play(self, action: int) -> tuple[int, bool, bool]:
+        reward = self._skip(action)
+        self.over, lives = self.ale.game_over(), self.ale.lives()
+        lost = 0 < lives < self.lives  # Qbert stays at 0 for some frames before it is over
+        self.lives = lives
+        return reward, lost or self.ale.game_over(with_truncation=False), self.ale.game_truncated()
+
+    def _skip(self, action: int) -> int:
+        """The same action for four frames, of which the brighter of the last two is seen (detail 15); the reward."""
+        before = self.score
+        for screen in (None, None, *self.screens):
+            self._act(action)
+            if screen is not None:
+                self.ale.getScreenRGB(screen)
+            if self.ale.game_over():
+                break
+        np.maximum(self.screens[0], self.screens[1], out=self.seen)
+        return self.score - before
+
+    def _act(self, action: int) -> None:
+        if not self.sticky_actions or self.rng.random() >= self.sticky_actions:
+            self.held = action
+        self.score += self.ale.act(self.actions[self.held])
+
+    def _restart(self) -> None:
+        self.ale.reset_game()
+        self.score = self.steps = self.held = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        emulator = self.ale.cloneState(include_rng=True).serialize()
+        return {
+            "emulator": torch.frombuffer(bytearray(emulator), dtype=torch.uint8),
+            "screens": torch.from_numpy(self.screens.copy()),
+            "totals": [self.score, self.steps],
+            "held": self.held,
+            "generator": self.rng.bit_generator.state,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.ale.restoreState(ale_py.ALEState(state["emulator"].cpu().numpy().tobytes()))
+        self.screens[:] = state["screens"].cpu().numpy()
+        (self.score, self.steps), self.held = state["totals"], state["held"]
+        self.rng.bit_generator.state = state["generator"]
+        self.lives, self.over = self.ale.lives(), self.ale.game_over()
+
+
+class AtariEnv(VectorEnv):
+    """B games, one after the other: ale_py holds Python's lock while it emulates, so threads would not help.
+
+    Observations are the last four frames, the newest last, all the first one where a life begins (detail 20); rewards
+    are signs (detail 19). A lost life terminates, the time limit truncates. `episode_returns` and `episode_lengths`
+    are those of whole games, unclipped and in the agent's steps; `game_over` says where one ended. Row i of a seed
+    draws its no-ops and sticky actions from a generator seeded by (seed, i).
+    """
+
+    def __init__(
+        self,
+        env_id: str,
+        seeds: Sequence[int],
+        num_envs: int,
+        device: torch.device | str = "cpu",
+        sticky_actions: float = 0.0,
+    ) -> None:
+        """Build the games; `reset` starts them.
+
+        Args:
+            env_id: Gymnasium's id of a game, ending in SUFFIX.
+            seeds, num_envs: S non-negative integers, and N games for each.
+            device: where the tensors live; the games run on the CPU.
+            sticky_actions: probability in [0, 1) that a frame repeats the frame before's action whatever the agent
+                chose [Machado et al. 2018, section 5].
+        Raises:
+            ValueError: if env_id is no such game, or sticky_actions is out of range.
+        """
+        known = env_id.endswith(SUFFIX) and env_id in gym.registry
+        rom = roms.get_rom_path(gym.spec(env_id).kwargs["game"]) if known else None
+        if rom is None:
+            raise ValueError(f"env_id={env_id!r} is no Atari game: they are called as in Breakout{SUFFIX}")
+        if not 0 <= sticky_actions < 1:
+            raise ValueError(f"sticky_actions={sticky_actions} must be a probability in [0, 1)")
+        self.seeds, self.num_envs, self.device = tuple(seeds), num_envs, torch.device(device)
+        rows = [(seed, row) for seed in self.seeds for row in range(num_envs)]
+        ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
+        self.games = [Game(rom, np.random.default_rng(row), sticky_actions) for row in rows]
+        self.observation_space = gym.spaces.Box(0, 255, (4, SIZE, SIZE), np.uint8)
+        self.action_space = gym.spaces.Discrete(len(self.games[0].actions))
+        self._tensor: Callable[[np.ndarray], Tensor] = torch.from_numpy
+        if self.device.type != "cpu":
+            self._tensor = lambda array: torch.from_numpy(array).to(self.device)
+
+    def reset(self) -> Tensor:
+        rows = len(self.games)
+        for game in self.games:
+            game.over = True
+        frames = np.stack([game.begin() for game in self.games])
+        self._obs = np.repeat(frames[:, None], 4, axis=1)
+        self._returns, self._lengths, self._over = np.zeros(rows), np.zeros(rows, np.int64), np.zeros(rows, bool)
+        return self._tensor(self._obs)
+
+    def step(self, actions: Tensor) -> Step:
+        if actions.shape != (len(self.games),):
+            raise ValueError(f"actions of shape {tuple(actions.shape)} must be ({len(self.games)},)")
+        steps = [game.step(action) for game, action in zip(self.games, actions.tolist(), strict=True)]
+        rewards, terminated, truncated, frames = (np.array(column) for column in zip(*steps, strict=True))
+        next_obs = obs = np.concatenate((self._obs[:, 1:], frames[:, None]), axis=1)
+        self._returns = np.array([game.score for game in self.games], np.float64)
+        self._lengths = np.array([game.steps for game in self.games])
+        self._over = np.array([game.over for game in self.games])
+        if (done := terminated | truncated).any():
+            obs = next_obs.copy()
+            for row in np.flatnonzero(done):
+                obs[row] = self.games[row].begin()
+        self._obs = obs
+        columns = (next_obs, np.sign(rewards).astype(np.float32), terminated, truncated, obs)
+        return Step(*map(self._tensor, columns))
+
+    @property
+    def game_over(self) -> Tensor:
+        return self._tensor(self._over)
+
+    @property
+    def episode_returns(self) -> Tensor:  # type: ignore[override]
+        return self._tensor(self._returns)
+
+    @property
+    def episode_lengths(self) -> Tensor:  # type: ignore[override]
+        return self._tensor(self._lengths)
+
+    def state_dict(self) -> dict[str, Any]:
+        arrays = {"obs": self._obs, "returns": self._returns, "lengths": self._lengths, "over": self._over}
+        tensors = {name: torch.tensor(array) for name, array in arrays.items()}
+        return {"games": {str(row): game.state_dict() for row, game in enumerate(self.games)}, "arrays": tensors}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        arrays = {name: tensor.cpu().numpy().copy() for name, tensor in state["arrays"].items()}
+        if len(arrays["obs"]) != len(self.games):
+            raise ValueError(f"a state of {len(arrays['obs'])} games does not fit an environment of {len(self.games)}")
+        self._obs, self._returns = arrays["obs"], arrays["returns"]
+        self._lengths, self._over = arrays["lengths"], arrays["over"]
+        for row, game in enumerate(self.games):
+            game.load_state_dict(state["games"][str(row)])

@@ -255,7 +255,7 @@ def train(args: Args) -> Run:
     params = stack([init_params(obs_size, actions, g) for g in generators])
     opt = contiguous(vmap(init_adam)({"all": vmap(pack)(params)}))
     generators = args.generators(rank) if rank else generators
-    key, choose = ("ppo", args.algorithm_fields(), actions), partial(act, actions=actions)
+    key, choose = ("ppo", args.key, actions), partial(act, actions=actions)
     normalize = partial(observe, gamma=args.gamma, cleanrl=args.semantics == "cleanrl") if args.normalize else None
     collector = Collector(env, choose, normalize, generators, key, args.compile)
     gradients, one_graph = averaged(vmap(partial(gradient, actions=actions, args=args)), key, args.compile)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import io
 import math
 import os
@@ -29,8 +30,8 @@ _UNIT = ("in [0, 1]", lambda x: 0 <= x <= 1)
 _POSITIVE = ("finite and above 0", lambda x: 0 < x < math.inf)
 _WEIGHT = ("finite and 0 or more", lambda x: 0 <= x < math.inf)
 _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {  # of settings that algorithms share
-    **dict.fromkeys(("gamma", "gae_lambda"), _UNIT),
-    **dict.fromkeys(("learning_rate", "clip_coef", "max_grad_norm", "target_kl"), _POSITIVE),
+    **dict.fromkeys(("gamma", "gae_lambda", "tau", "start_e", "end_e", "priority_alpha", "priority_beta"), _UNIT),
+    **dict.fromkeys(("learning_rate", "clip_coef", "max_grad_norm", "target_kl", "exploration_fraction"), _POSITIVE),
     **dict.fromkeys(("ent_coef", "vf_coef"), _WEIGHT),
 }
 
@@ -116,9 +117,14 @@ class RunArgs:
         return [torch.Generator(self.torch_device).manual_seed(int(state)) for state in states]
 
     def algorithm_fields(self) -> tuple[tuple[str, Any], ...]:
-        """The fields that an algorithm adds: what its compiled functions may depend on."""
+        """The fields that an algorithm adds."""
         shared = {field.name for field in dataclasses.fields(RunArgs)}
         return tuple((f.name, getattr(self, f.name)) for f in dataclasses.fields(self) if f.name not in shared)
+
+    @property
+    def key(self) -> tuple[str, Any]:
+        """What an algorithm's compiled functions depend on: its source and its fields."""
+        return inspect.getsource(sys.modules[type(self).__module__]), self.algorithm_fields()
 
     def to_json(self) -> dict[str, Any]:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "resume"}

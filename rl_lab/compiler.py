@@ -70,7 +70,7 @@ class Compiled:
     Args:
         function: of trees of tensors; returns a tree of tensors. Called without gradients.
         key: everything the graph depends on besides shapes and dtypes; its `repr` enters the cache's key, together
-            with this package's sources, the versions and the processor.
+            with the core's sources, the versions and the processor.
         enabled: False calls `function` eagerly, for debugging.
     Raises:
         NoCompiler: at the first call.
@@ -78,16 +78,17 @@ class Compiled:
 
     def __init__(self, function: Function, key: object, enabled: bool = True) -> None:
         self.function, self.key, self.enabled = function, key, enabled
-        self._graph: tuple[Callable[[list[Tensor]], list[Tensor]], pytree.TreeSpec] | None = None
+        self._graph: tuple[Callable[[list[Tensor]], list[Tensor]], Any] | None = None
 
     def __call__(self, *args: Any) -> Any:
         """Trees in, a tree of new tensors out. Shapes, dtypes and devices must be those of the first call."""
         if not self.enabled:
             with torch.no_grad():  # dense memory of their own, as the compiled graph's; kernels round by alignment
                 return pytree.tree_map(lambda x: x.clone(memory_format=torch.contiguous_format), self.function(*args))
-        leaves, treespec = pytree.tree_flatten(args)
-        run, outspec = self._graph or self._build(leaves, treespec)
-        return pytree.tree_unflatten(run(leaves), outspec)
+        leaves: list[Tensor] = []
+        _flatten(args, leaves)
+        run, shape = self._graph or self._build(leaves, pytree.tree_structure(args))
+        return _unflatten(shape, run(leaves))
 
     def on_leaves(self, *args: Any) -> Callable[[list[Tensor]], list[Tensor]]:
         """The same from a list of leaves to a list of leaves, for arguments like `args`.
@@ -99,7 +100,7 @@ class Compiled:
             return (self._graph or self._build(leaves, treespec))[0]
         return lambda leaves: pytree.tree_leaves(self(*pytree.tree_unflatten(leaves, treespec)))
 
-    def _build(self, leaves: list[Tensor], treespec: pytree.TreeSpec) -> tuple[Any, pytree.TreeSpec]:
+    def _build(self, leaves: list[Tensor], treespec: pytree.TreeSpec) -> tuple[Any, Any]:
         signature = [(tuple(x.shape), x.stride(), str(x.dtype), str(x.device)) for x in leaves]
         described = (self.key, str(treespec), signature, _toolchain())
         folder = cache_folder() / hashlib.sha256(repr(described).encode()).hexdigest()[:32]
@@ -120,9 +121,31 @@ def cache_folder() -> Path:
     return Path(os.environ.get("RL_LAB_CACHE", Path.home() / ".cache" / "rl_lab"))
 
 
-def _load(folder: Path) -> tuple[Any, pytree.TreeSpec]:
+def _load(folder: Path) -> tuple[Any, Any]:
+    """The graph as a function of its leaves, and the tree it returns, with the leaves' numbers for leaves."""
     outspec = pytree.treespec_loads(json.loads((folder / "tree.json").read_text()))
-    return torch._inductor.aoti_load_package(str(folder / "graph.pt2")).loader.run, outspec
+    shape = pytree.tree_unflatten(range(outspec.num_leaves), outspec)
+    return torch._inductor.aoti_load_package(str(folder / "graph.pt2")).loader.run, shape
+
+
+# The same as torch's `pytree` for trees of dicts, lists and tuples, at a fifth of the time, which small calls feel.
+
+
+def _flatten(tree: Any, leaves: list[Tensor]) -> None:
+    for node in tree.values() if isinstance(tree, dict) else tree:
+        if isinstance(node, Tensor):
+            leaves.append(node)
+        else:
+            _flatten(node, leaves)
+
+
+def _unflatten(shape: Any, leaves: list[Tensor]) -> Any:
+    if isinstance(shape, int):
+        return leaves[shape]
+    if isinstance(shape, dict):
+        return {name: _unflatten(node, leaves) for name, node in shape.items()}
+    nodes = [_unflatten(node, leaves) for node in shape]
+    return type(shape)(*nodes) if hasattr(shape, "_fields") else type(shape)(nodes)
 
 
 def _compile(function: Function, leaves: list[Tensor], treespec: pytree.TreeSpec, folder: Path) -> None:
@@ -160,8 +183,8 @@ def _compile(function: Function, leaves: list[Tensor], treespec: pytree.TreeSpec
 def _toolchain() -> tuple[str, ...]:
     """What a compiled graph depends on besides its function: sources, torch, processor, threads."""
     root, sources = Path(__file__).parent, hashlib.sha256()
-    for path in sorted([*root.glob("*.py"), *root.glob("algorithms/*.py")]):
-        if path.stem not in _NEVER_TRACED:  # an environment's source is in its own key
+    for path in sorted(root.glob("*.py")):
+        if path.stem not in _NEVER_TRACED:  # sources of environments and algorithms are in their own keys
             sources.update(path.read_bytes())
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     flags = {line for line in cpuinfo.splitlines() if line.startswith(("flags", "Features"))}

@@ -15,7 +15,7 @@ not change, so the learner computes them for the whole rollout in one batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -46,6 +46,11 @@ def merge_seeds(tree: Any) -> Any:
 def on_device(tree: Any, device: torch.device) -> Any:
     """Every tensor of a tree on `device`, as a checkpoint's are not."""
     return pytree.tree_map(lambda x: x.to(device), tree)
+
+
+def concatenate(rollouts: Sequence[Rollout]) -> Rollout:
+    """Rollouts one after the other, (T1, B, ...), (T2, B, ...), ... to (T1 + T2 + ..., B, ...)."""
+    return {name: torch.cat([rollout[name] for rollout in rollouts]) for name in rollouts[0]}
 
 
 def contiguous(tree: Any) -> Any:
@@ -152,8 +157,7 @@ class Collector:
 
     def _stepped(self, params: Any, noise: Tensor) -> Rollout:
         # In pieces: thousands of small tensors alive at once keep Python's garbage collector busy, a tenth of the time.
-        pieces = [self._steps(params, piece) for piece in noise.split(64)]
-        return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+        return concatenate([self._steps(params, piece) for piece in noise.split(64)])
 
     def _steps(self, params: Any, noise: Tensor) -> Rollout:
         env, obs, rows = self.env, self.obs, []

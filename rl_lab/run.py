@@ -124,7 +124,7 @@ class Run:
         """
         num_seeds = len(self.args.seeds)
         num_envs = rollout["terminated"].shape[1] // num_seeds
-        names, table = list(metrics), torch.stack([x.float() for x in metrics.values()]).tolist()
+        names, table = list(metrics), [x.tolist() for x in metrics.values()]
         for name, row in zip(names, table, strict=True):
             if name.endswith("_loss") and not all(map(math.isfinite, row)):
                 seed = self.args.seeds[[math.isfinite(x) for x in row].index(False)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -43,12 +43,24 @@ def init_mlp(name: str, sizes: Sequence[int], output_gain: float, generator: tor
     return params
 
 
-def mlp(params: Params, name: str, x: Tensor, num_layers: int = 3) -> Tensor:
-    """(B, in) -> (B, out), tanh between the layers."""
+def init_uniform(name: str, sizes: Sequence[int], generator: torch.Generator) -> Params:
+    """As `init_mlp`, but weights and biases uniform within 1 / sqrt(inputs), which is torch.nn.Linear's default."""
+    params = {}
+    for layer, (inputs, outputs) in enumerate(itertools.pairwise(sizes)):
+        for part, shape in (("weight", (outputs, inputs)), ("bias", (outputs,))):
+            draws = torch.empty(shape, device=generator.device)
+            params[f"{name}.{layer}.{part}"] = draws.uniform_(-(inputs**-0.5), inputs**-0.5, generator=generator)
+    return params
+
+
+def mlp(
+    params: Params, name: str, x: Tensor, num_layers: int = 3, activation: Callable[[Tensor], Tensor] = torch.tanh
+) -> Tensor:
+    """(B, in) -> (B, out), `activation` between the layers."""
     for layer in range(num_layers):
         x = F.linear(x, params[f"{name}.{layer}.weight"], params[f"{name}.{layer}.bias"])
         if layer < num_layers - 1:
-            x = torch.tanh(x)
+            x = activation(x)
     return x
 
 

@@ -20,15 +20,15 @@ SERVER = """
 import json, os, runpy, sys, traceback
 import rl_lab.algorithms.ppo, rl_lab.envs.mujoco, torch._dynamo
 for request in sys.stdin:
-    flags, before, output = json.loads(request)
+    algo, flags, before, output = json.loads(request)
     if (pid := os.fork()) == 0:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for number, name in ((1, "out"), (2, "err")):
             os.dup2(os.open(f"{output}/{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        sys.argv, status = ["ppo", *flags], 1
+        sys.argv, status = [algo, *flags], 1
         try:
             exec(before, {})
-            runpy.run_module("rl_lab.ppo", run_name="__main__")
+            runpy.run_module(f"rl_lab.{algo}", run_name="__main__")
             status = 0
         except SystemExit as stop:
             status = stop.code or 0
@@ -41,8 +41,12 @@ for request in sys.stdin:
 """
 
 # Ten iterations of 32 steps, checkpoints after each third or fourth.
-TINY = """--no-compile --device cpu --total-timesteps 320 --num-envs 2 --num-steps 16 --num-minibatches 2
---update-epochs 2 --checkpoint-every 100"""
+SHARED = "--no-compile --device cpu --total-timesteps 320 --num-envs 2 --checkpoint-every 100"
+REPLAY = "--log-every 32 --buffer-size 100 --learning-starts 64 --train-frequency 4 --batch-size 8"
+TINY = {
+    "ppo": f"{SHARED} --num-steps 16 --num-minibatches 2 --update-epochs 2",
+    "dqn": f"{SHARED} {REPLAY} --target-network-frequency 16",
+}
 
 
 @dataclass
@@ -55,7 +59,7 @@ class Ended:
 
 
 class Lab:
-    """Runs `python -m rl_lab.ppo`, one process at a time."""
+    """Runs `python -m rl_lab.ALGO`, one process at a time."""
 
     def __init__(self, output: Path) -> None:
         self._output = output
@@ -63,10 +67,10 @@ class Lab:
         pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.server = subprocess.Popen([sys.executable, "-c", SERVER], cwd=ROOT, env=environment, **pipes)
 
-    def start(self, *flags: object, before: str = "") -> int:
+    def start(self, *flags: object, before: str = "", algo: str = "ppo") -> int:
         """Start the command after some Python statements and return its process id; `wait` comes next."""
         assert self.server.stdin and self.server.stdout
-        self.server.stdin.write(json.dumps(([*map(str, flags)], before, str(self._output))) + "\n")
+        self.server.stdin.write(json.dumps((algo, [*map(str, flags)], before, str(self._output))) + "\n")
         self.server.stdin.flush()
         return int(self.server.stdout.readline())
 
@@ -75,17 +79,17 @@ class Lab:
         status = int(self.server.stdout.readline())
         return Ended(status, *((self._output / name).read_text() for name in ("out", "err")))
 
-    def run(self, *flags: object, before: str = "") -> Ended:
-        self.start(*flags, before=before)
+    def run(self, *flags: object, before: str = "", algo: str = "ppo") -> Ended:
+        self.start(*flags, before=before, algo=algo)
         return self.wait()
 
-    def train(self, runs_dir: Path, *flags: object, before: str = "") -> Ended:
+    def train(self, runs_dir: Path, *flags: object, before: str = "", algo: str = "ppo") -> Ended:
         """A new run of a few hundred steps."""
-        return self.run("--runs-dir", runs_dir, *TINY.split(), *flags, before=before)
+        return self.run("--runs-dir", runs_dir, *TINY[algo].split(), *flags, before=before, algo=algo)
 
-    def trained(self, runs_dir: Path, *flags: object, before: str = "") -> list[Path]:
+    def trained(self, runs_dir: Path, *flags: object, before: str = "", algo: str = "ppo") -> list[Path]:
         """The same, to its end: its run folders."""
-        ended = self.train(runs_dir, *flags, before=before)
+        ended = self.train(runs_dir, *flags, before=before, algo=algo)
         assert (ended.status, ended.err) == (0, "")
         return self.folders(runs_dir)
 

@@ -32,10 +32,10 @@ def count(frame, event, argument, seen=[0]):
             os.kill(os.getpid(), signal.SIGKILL)
         if event == "call" and frame.f_code.co_name == "finish":
             print("count:", seen[0])
-import rl_lab.algorithms.ppo as ppo, rl_lab.run
+import rl_lab.algorithms.{algo} as algo, rl_lab.run
 rl_lab.run.FLUSH_EVERY = 1e9  # or a slow machine would make more calls
-train = ppo.train
-ppo.train = lambda args: (sys.setprofile(count), train(args))
+train = algo.train
+algo.train = lambda args: (sys.setprofile(count), train(args))
 """
 # The same for the system calls by which files change, so that checkpoints and logs are torn.
 WRITES = """
@@ -82,7 +82,9 @@ def scalars(event: Event) -> list[Any]:
     return [value for value in event.summary.value if value.HasField("simple_value") and value.tag != "charts/SPS"]
 
 
-def killed_and_resumed(lab: Lab, runs_dir: Path, flags: list[str], before: str, moments: list[int]) -> list[Path]:
+def killed_and_resumed(
+    lab: Lab, runs_dir: Path, algo: str, flags: list[str], before: str, moments: list[int]
+) -> list[Path]:
     """The folders of a run killed at each of `moments`, counted from the last start, and then let run to its end.
 
     A kill before there is a checkpoint loses nothing; the run is started again. Resumes go by each folder in turn.
@@ -90,10 +92,11 @@ def killed_and_resumed(lab: Lab, runs_dir: Path, flags: list[str], before: str, 
     folders: list[Path] = []
     reached = set()  # iterations
     for session, moment in enumerate([*moments, 0]):
+        injected = before.format(algo=algo, moment=moment)
         if has_checkpoint(folders):
-            ended = lab.run("--resume", folders[session % len(folders)], before=before.format(moment=moment))
+            ended = lab.run("--resume", folders[session % len(folders)], before=injected, algo=algo)
         else:
-            ended = lab.train(runs_dir / str(session), *flags, before=before.format(moment=moment))
+            ended = lab.train(runs_dir / str(session), *flags, before=injected, algo=algo)
             folders = lab.folders(runs_dir / str(session)) if (runs_dir / str(session)).exists() else []
         assert ended.status == (-signal.SIGKILL if moment else 0), ended.err
         if has_checkpoint(folders):
@@ -110,19 +113,26 @@ def has_checkpoint(folders: list[Path]) -> bool:
 
 CARTPOLE = ["--env", "CartPole-v1", "--num-seeds", "2", "--checkpoint-every", "32"]
 HALFCHEETAH = ["--env", "HalfCheetah-v4", "--num-envs", "1", "--total-timesteps", "160", "--checkpoint-every", "16"]
+REPLAY = [*CARTPOLE, "--n-step", "3"]  # which forgets its first steps at a third of the run
 SHORT_EPISODES = "from rl_lab.envs.mujoco_tasks import Task; Task.max_episode_steps = 50"
 
 
 @pytest.mark.parametrize(
-    "flags",
-    [CARTPOLE, [*CARTPOLE, "--backend", "gymnasium"], HALFCHEETAH],
-    ids=["native", "gymnasium", "mujoco"],
+    ("algo", "flags"),
+    [
+        ("ppo", CARTPOLE),
+        ("ppo", [*CARTPOLE, "--backend", "gymnasium"]),
+        ("ppo", HALFCHEETAH),
+        ("dqn", REPLAY),
+        ("dqn", [*REPLAY, "--prioritized"]),
+    ],
+    ids=["native", "gymnasium", "mujoco", "uniform replay", "prioritized replay"],
 )
-def test_killed_at_ten_random_moments(lab: Lab, tmp_path: Path, flags: list[str]) -> None:
+def test_killed_at_ten_random_moments(lab: Lab, tmp_path: Path, algo: str, flags: list[str]) -> None:
     """Five of them anywhere, five between two writes."""
     moments = random.Random(0)
     for name, before in (("calls", CALLS + SHORT_EPISODES), ("writes", WRITES + SHORT_EPISODES)):
-        kill_five_times(lab, tmp_path / name, flags, before, moments)
+        kill_five_times(lab, tmp_path / name, algo, flags, before, moments)
 
 
 @pytest.mark.slow
@@ -130,14 +140,14 @@ def test_killed_at_ten_random_moments(lab: Lab, tmp_path: Path, flags: list[str]
 def test_killed_while_compiled(lab: Lab, tmp_path: Path, flags: list[str]) -> None:
     flags = [*flags, "--compile"]
     lab.train(tmp_path / "cache", *flags)  # so that the compiler's own files do not count
-    kill_five_times(lab, tmp_path / "writes", flags, WRITES, random.Random(0))
+    kill_five_times(lab, tmp_path / "writes", "ppo", flags, WRITES, random.Random(0))
 
 
-def kill_five_times(lab: Lab, runs_dir: Path, flags: list[str], before: str, random_: random.Random) -> None:
-    whole = lab.train(runs_dir / "whole", *flags, before=before.format(moment=0))
+def kill_five_times(lab: Lab, runs_dir: Path, algo: str, flags: list[str], before: str, random_: random.Random) -> None:
+    whole = lab.train(runs_dir / "whole", *flags, before=before.format(algo=algo, moment=0), algo=algo)
     count = int(whole.out.rpartition("count: ")[2].split()[0])
     moments = [random_.randrange(1, count // 3) for _ in range(5)]
-    folders = killed_and_resumed(lab, runs_dir, flags, before, moments)
+    folders = killed_and_resumed(lab, runs_dir, algo, flags, before, moments)
     assert record(folders) == record(lab.folders(runs_dir / "whole")), moments
 
 

@@ -126,7 +126,7 @@ class Run:
         num_envs = rollout["terminated"].shape[1] // num_seeds
         names, table = list(metrics), [x.tolist() for x in metrics.values()]
         for name, row in zip(names, table, strict=True):
-            if name.endswith("_loss") and not all(map(math.isfinite, row)):
+            if name.endswith("loss") and not all(map(math.isfinite, row)):
                 seed = self.args.seeds[[math.isfinite(x) for x in row].index(False)]
                 sound = all(torch.isfinite(rollout[column]).all() for column in ("obs", "next_obs", "rewards"))
                 cause = SMALLER if sound else f"nor is what --env {self.args.env} gave"
@@ -194,7 +194,7 @@ class Run:
         checkpoint.save(self.logs.checkpoint_folder, {"state": state, "run": progress})
         self.checkpointed = self.iteration
 
-    def finish(self, params: dict[str, Tensor], normalizer: Any) -> None:
+    def finish(self, params: dict[str, Any], normalizer: Any) -> None:
         """Write each seed's parameters and statistics as model.safetensors, and say where everything is."""
         for index, folder in enumerate(self.logs.folders):
             tensors = flatten({"params": params, "normalizer": normalizer})

@@ -1,0 +1,223 @@
+"""Categorical deep Q-learning: the distribution of returns on 51 (here 101) fixed atoms instead of its mean.
+
+Paper: Bellemare, Dabney and Munos 2017, A distributional perspective on reinforcement learning, arXiv:1707.06887.
+
+    Q(s, a) = sum_i z_i * p_i(s, a),   a* = argmax_a Q_target(s', a)
+    m_i = sum_j clip(1 - |clip(r + gamma * z_j, V_min, V_max) - z_i| / dz, 0, 1) * p_j(s', a*)             [Eq. 7]
+    L = E[-sum_i m_i * log p_i(s, a)]                                                                 [Algorithm 1]
+
+Differs from the paper in probabilities that are held within 1e-5 of 0 and 1 before their logarithm, as CleanRL has it.
+Differs from CleanRL's c51.py in:
+  - gradient steps come after env steps 10, 20, ... of `--train-frequency 10`; theirs come one env step later;
+  - between two gradient steps the parameters stand still, so these env steps are taken in one compiled call;
+  - `--num-envs` may be above 1.
+
+    python -m rl_lab.c51 --env CartPole-v1        expected results: docs/c51.md
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import grad_and_value, vmap
+
+from rl_lab.cli import run
+from rl_lab.compiler import Compiled
+from rl_lab.distributions import Actions
+from rl_lab.envs import make
+from rl_lab.networks import Params, flat_size, init_uniform, mlp, stack
+from rl_lab.offpolicy import OffPolicyArgs
+from rl_lab.optim import AdamState, adam, init_adam
+from rl_lab.replay import Batch, Replay, draw_uniform, transitions
+from rl_lab.rollout import Collector, Inputs, concatenate, contiguous, on_device
+from rl_lab.run import Run
+
+
+@dataclass(frozen=True)
+class Args(OffPolicyArgs):
+    """Defaults are CleanRL's c51.py's."""
+
+    env: str = "CartPole-v1"  # environment id of Gymnasium
+    total_timesteps: int = 500_000  # env steps of one seed, over all its environments
+    learning_rate: float = 2.5e-4  # of Adam
+    n_atoms: int = 101  # returns that have a probability, evenly spaced
+    v_min: float = -100.0  # the lowest of them
+    v_max: float = 100.0  # the highest
+    gamma: float = 0.99  # discount per env step
+    target_network_frequency: int = 500  # env steps between copies of the parameters to the target network
+    start_e: float = 1.0  # epsilon at the start, the probability of a random action
+    end_e: float = 0.05  # epsilon at the end
+    exploration_fraction: float = 0.5  # share of total_timesteps in which epsilon falls linearly
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        synced = self.target_network_frequency % self.steps_per_cycle == 0
+        self.require("target_network_frequency", synced, f"a multiple of {self.steps_per_cycle}, the steps of a cycle")
+        self.require("n_atoms", self.n_atoms > 1, "at least 2")
+        self.require("v_min", math.isfinite(self.v_min), "finite")
+        self.require("v_max", self.v_min < self.v_max < math.inf, f"finite and above --v-min {self.v_min}")
+
+
+def init_params(obs_size: int, actions: Actions, args: Args, generator: torch.Generator) -> Params:
+    """Two hidden layers of 120 and 84 units, torch's default initialisation, as CleanRL; and the atoms.
+
+    The atoms are constants: no gradient reaches them. They are kept here so that a saved network tells its returns.
+    """
+    params = init_uniform("trunk", (obs_size, 120, 84), generator)
+    params |= init_uniform("q", (84, actions.num_outputs * args.n_atoms), generator)
+    return params | {"atoms": torch.linspace(args.v_min, args.v_max, args.n_atoms, device=generator.device)}
+
+
+def distribution(params: Params, obs: Tensor) -> Tensor:
+    """Probabilities of the atoms under each action: (B, *obs) -> (B, A, n_atoms)."""
+    hidden = mlp(params, "trunk", obs.flatten(1).float(), 2, torch.relu).relu()
+    return mlp(params, "q", hidden, 1).view(len(obs), -1, len(params["atoms"])).softmax(2)
+
+
+def draw_noise(actions: Actions, shape: tuple[int, ...], generator: torch.Generator, epsilon: Any = 0.05) -> Tensor:
+    """Random actions (shape), int64; -1, with probability 1 - epsilon, where the policy is to act greedily.
+
+    Args:
+        epsilon: number or tensor that broadcasts to `shape`; 0.05 is what CleanRL evaluates with.
+    """
+    device = generator.device
+    choices = torch.randint(actions.num_outputs, shape, generator=generator, device=device)
+    return torch.where(torch.rand(shape, generator=generator, device=device) < epsilon, choices, -1)
+
+
+def act(params: Params, inputs: Inputs, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The actions that `noise` names, those of the highest mean where it says -1 or is None; to store and to take."""
+    actions = (distribution(params, inputs["obs"]) @ params["atoms"]).argmax(1)
+    if noise is not None:
+        actions = torch.where(noise < 0, actions, noise)
+    return actions, actions
+
+
+def of_action(values: Tensor, actions: Tensor) -> Tensor:
+    """(B, A, n_atoms) and (B,) -> (B, n_atoms)."""
+    return values.gather(1, actions.view(-1, 1, 1).expand(-1, 1, values.shape[2])).squeeze(1)
+
+
+def project(probabilities: Tensor, atoms: Tensor, rewards: Tensor, discounts: Tensor) -> Tensor:
+    """Distribution of r + discount * Z on the atoms again, the mass of each shared by its two neighbours [Eq. 7].
+
+    Args:
+        probabilities: (B, n_atoms) of Z on the atoms.
+        atoms: (n_atoms,) evenly spaced, ascending.
+        rewards, discounts: (B,).
+    Returns:
+        (B, n_atoms); rows sum to 1, what falls beyond the first or the last atom counts there.
+    """
+    last = len(atoms) - 1
+    moved = (rewards.unsqueeze(1) + discounts.unsqueeze(1) * atoms).clamp(atoms[0], atoms[-1])
+    place = ((moved - atoms[0]) / ((atoms[-1] - atoms[0]) / last)).clamp(0, last)  # in atoms from the first
+    # Algorithm 1 shares between floor and ceil, which loses the mass of an integral place. The next atom above gets 0.
+    lower = place.floor().clamp(max=last - 1)
+    upper_share, index = place - lower, lower.long()
+    shared = torch.zeros_like(probabilities).scatter_add(1, index, probabilities * (1 - upper_share))
+    return shared.scatter_add(1, index + 1, probabilities * upper_share)
+
+
+def targets(target: Params, batch: Batch) -> Tensor:
+    """(B, n_atoms) what the distribution at (s, a) is to be: that of r + gamma * Z(s', a*), of r at the end."""
+    following = distribution(target, batch["next_obs"])
+    best = (following @ target["atoms"]).argmax(1)
+    return project(of_action(following, best), target["atoms"], batch["rewards"], batch["discounts"])
+
+
+def loss(params: Params, target: Params, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """Cross-entropy of the distribution at (s, a) with the projected one.
+
+    Args:
+        params, target: of the online and of the target network.
+        batch: obs, next_obs (B, *obs), actions (B,), rewards, discounts (B,).
+    Returns:
+        () loss, and loss (), q_values () to log under CleanRL's names.
+    """
+    wanted = targets(target, batch).detach()
+    taken = of_action(distribution(params, batch["obs"]), batch["actions"])
+    assert taken.shape == wanted.shape
+    total = -(wanted * taken.clamp(1e-5, 1 - 1e-5).log()).sum(1).mean()
+    metrics = {"loss": total, "q_values": (taken @ params["atoms"]).mean()}
+    return total, {name: x.detach() for name, x in metrics.items()}
+
+
+def update(
+    params: Params, target: Params, opt: AdamState, batch: Batch, learning_rate: Tensor, args: Args
+) -> tuple[Params, AdamState, dict[str, Tensor]]:
+    """A step of Adam."""
+    grads, (_, metrics) = grad_and_value(loss, has_aux=True)(params, target, batch)
+    params, opt = adam(params, grads, opt, learning_rate, eps=0.01 / args.batch_size)
+    return params, opt, metrics
+
+
+def train(args: Args) -> Run:
+    """Train `args.num_seeds` agents; everything is in the run folders afterwards."""
+    where = (args.torch_device, args.backend, args.env_threads)
+    env = make(args.env, args.seeds, args.num_envs, *where)
+    actions, obs_size, generators = Actions.of(env.action_space), flat_size(env.observation_space), args.generators(0)
+    if actions.low or actions.shape:
+        raise ValueError(f"--env {args.env}: C51 needs one Discrete action, not {env.action_space}; rl_lab.sac has Box")
+    params = stack([init_params(obs_size, actions, args, g) for g in generators])
+    target, opt = contiguous(params), contiguous(vmap(init_adam)(params))
+    key = ("c51", args.key, actions)
+    collector = Collector(env, act, None, generators, key, args.compile)
+    replay = Replay(
+        transitions(env), args.num_seeds, args.num_envs, args.buffer_size, args.gamma,
+        device=env.device, compile=args.compile,
+    )  # fmt: skip
+    learn = vmap(partial(update, args=args), in_dims=(0, 0, 0, 0, None))
+    learner = Compiled(learn, ("learn", *key), args.compile)
+    learning_rate = torch.tensor(args.learning_rate, device=env.device)
+
+    def state() -> dict[str, Any]:
+        agents = {"params": params, "target": target, "opt": opt}
+        return {**agents, "collector": collector.state_dict(), "replay": replay.state_dict()}
+
+    run = Run(args, "c51", env, state)
+    if run.saved:
+        params, target, opt = on_device([run.saved[name] for name in ("params", "target", "opt")], env.device)
+        collector.load_state_dict(run.saved["collector"])
+        replay.load_state_dict(run.saved["replay"])
+
+    for iteration in run.iterations(args.num_iterations, args.log_every):
+        env_step, rollouts, metrics = iteration * args.log_every, [], {}
+        rows = torch.arange(args.log_every // args.num_envs, device=env.device).unsqueeze(1)
+        progress = (env_step + rows * args.num_envs) / (args.exploration_fraction * args.total_timesteps)
+        epsilon = (args.start_e + (args.end_e - args.start_e) * progress).clamp(min=args.end_e)
+        shape = (len(rows), args.num_envs)
+        noise = torch.cat([draw_noise(actions, shape, g, epsilon) for g in generators], dim=1)
+        points = iter(draw_uniform((args.log_every // args.train_frequency, args.batch_size), generators))
+        for choices in noise.split(args.rows_per_cycle):
+            rollouts.append(collector.collect(params, choices))
+            replay.add(rollouts[-1])
+            env_step += args.steps_per_cycle
+            for _ in range(args.updates_per_cycle if env_step > args.learning_starts else 0):
+                params, opt, metrics = learner(params, target, opt, replay.sample(next(points)), learning_rate)
+            if env_step % args.target_network_frequency == 0:
+                target = contiguous(params)
+        run.log(concatenate(rollouts), {f"losses/{name}": x for name, x in metrics.items()})
+        if run.evaluation_due:
+            test_env = make(args.env, args.evaluation_seeds, 10, *where)
+            run.evaluate(partial(policy, noise=None, actions=actions), params, {}, test_env)
+    run.finish(params, {})
+    return run
+
+
+def policy(params: Params, normalizer: Any, inputs: Inputs, noise: Tensor | None, actions: Actions) -> Tensor:
+    """Actions of a trained agent for the environment; `noise` None for the best ones."""
+    return act(params, inputs, noise)[1]
+
+
+def defaults(env_id: str) -> Args:
+    """CleanRL's hyper-parameters for `env_id`."""
+    return replace(Args(), env=env_id)
+
+
+def main() -> None:
+    run(train, Args, defaults)

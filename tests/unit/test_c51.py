@@ -124,8 +124,8 @@ def test_loss_by_hand() -> None:
     """Guards the target's action, the end of an episode, and the sign.
 
     The target network's means are 0.2 and -0.3, so action 0 follows: (0.2, 0.4, 0.4) on -1, 0, 1. Ended with reward
-    1/2: halves on 0 and 1; going on with reward 0 and discount 1/2: (0.1, 0.1 + 0.4 + 0.2, 0.2). The online network says
-    (0.5, 0.25, 0.25) of action 0, (0.125, 0.125, 0.75) of action 1.
+    1/2: halves on 0 and 1; going on with reward 0 and discount 1/2: (0.1, 0.1 + 0.4 + 0.2, 0.2). The online network
+    says (0.5, 0.25, 0.25) of action 0, (0.125, 0.125, 0.75) of action 1.
     """
     target = constant([[0.2, 0.4, 0.4], [0.5, 0.3, 0.2]], [-1.0, 0.0, 1.0])
     params = constant([[0.5, 0.25, 0.25], [0.125, 0.125, 0.75]], [-1.0, 0.0, 1.0])  # its own best action would be 1

@@ -1,0 +1,167 @@
+"""Writes categorical_numbers.json: gradient steps by the lines of CleanRL's c51.py and rainbow_atari.py.
+
+    git clone https://github.com/vwxyzjn/cleanrl && git -C cleanrl checkout fe8d8a03
+    python3.11 -m venv peers
+    peers/bin/pip install torch==2.13.0 gymnasium==0.29.1 numpy==1.26.4 opencv-python-headless tyro tensorboard
+    peers/bin/python tests/parity/make_categorical_numbers.py cleanrl
+
+The scripts' own statements run, taken out of their loops: the one that makes the optimizer, and those of a gradient
+step. Their replay hands out batches written down here, weights are set before. Rainbow's network is its own class with
+smaller layers: a linear trunk for the convolutions, and NoisyLinear layers whose noise is set to factorised noise. What
+is read off: the loss, the gradients, the weights after each of two steps, as digests (`make_ppo_numbers.digest`).
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from make_ppo_numbers import digest, initial, rounded
+from torch import nn
+
+OBS, ACTIONS, BATCH = 3, 2, 12
+TRUNK, HIDDEN = 6, 5  # of the small Rainbow
+C51_FLAGS = {"n_atoms": 101, "v_min": -100.0, "v_max": 100.0, "gamma": 0.99, "learning_rate": 2.5e-4}
+RAINBOW_FLAGS = {"n_atoms": 51, "v_min": -10.0, "v_max": 10.0, "gamma": 0.99, "learning_rate": 6.25e-5, "n_step": 3}
+C51_NAMES = [f"{layer}.{kind}" for layer in ("trunk.0", "trunk.1", "q.0") for kind in ("weight", "bias")]
+NOISY = ["value.0", "value.1", "advantage.0", "advantage.1"]
+HEADS = [("value", 0), ("value", 2), ("advantage", 0), ("advantage", 2)]  # CleanRL's places of the same
+KINDS = {"weight": "weight_mu", "weight_sigma": "weight_sigma", "bias": "bias_mu", "bias_sigma": "bias_sigma"}
+
+
+def batch(seed: int, scale: float) -> dict[str, list[Any]]:
+    """Transitions; `scale` is the last atom. Some rewards lie on an atom or beyond the last, some end an episode."""
+    random = np.random.RandomState(seed)
+    columns = {name: np.round(random.standard_normal((BATCH, OBS)), 3) for name in ("obs", "next_obs")}
+    columns["actions"] = random.randint(0, ACTIONS, BATCH)
+    columns["rewards"] = np.round(random.standard_normal(BATCH), 2)
+    columns["rewards"][:5] = np.array([0.0, 0.4, 1.5, -1.5, -0.2]) * scale
+    columns["terminated"] = np.arange(BATCH) % 5 < 2
+    columns["weights"] = np.round(random.uniform(0.2, 1, BATCH), 3)
+    return {name: column.tolist() for name, column in columns.items()}
+
+
+def statements(module: ModuleType, name: str) -> list[ast.stmt]:
+    """Of the script's main part: the assignment to `name`, or the body of its `if` with the condition `name`."""
+    for node in ast.walk(ast.parse(Path(str(module.__file__)).read_text())):
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
+            return [node]
+        if isinstance(node, ast.If) and ast.unparse(node.test) == name:
+            return node.body
+    raise ValueError(f"{module.__file__} has no {name}")
+
+
+def steps(module: ModuleType, online: nn.Module, target: nn.Module, names: list[str], flags: Any) -> dict[str, Any]:
+    """Two gradient steps of `module` with everything seen. Weights go by the names' order in `parameters()`."""
+    found: dict[str, Any] = {"flags": flags, "batches": [], "loss": [], "gradients": [], "params": []}
+    fill(online, names, "")
+    fill(target, names, "target.")
+
+    def sample(_: int) -> SimpleNamespace:
+        found["batches"].append(columns := batch(len(found["batches"]), flags["v_max"]))
+        tensors = {name: torch.tensor(column) for name, column in columns.items()}
+        tensors = {name: x.float() if x.is_floating_point() else x for name, x in tensors.items()}
+        column = {name: tensors[name].unsqueeze(1) for name in ("actions", "rewards", "weights")}
+        obs = {"observations": tensors["obs"], "next_observations": tensors["next_obs"]}
+        return SimpleNamespace(**obs, **column, dones=tensors["terminated"].float().unsqueeze(1), indices=None)
+
+    def update_priorities(_: None, priorities: np.ndarray) -> None:
+        found.setdefault("priorities", []).append((np.abs(priorities) + 1e-6).tolist())
+
+    scope = {**vars(module), "args": SimpleNamespace(**flags, batch_size=BATCH), "global_step": 1}
+    scope |= {"q_network": online, "target_network": target}
+    scope["rb"] = SimpleNamespace(sample=sample, update_priorities=update_priorities)
+    run = [statements(module, "optimizer"), *[statements(module, "global_step % args.train_frequency == 0")] * 2]
+    for body in run:
+        exec(compile(ast.Module(body, []), str(module.__file__), "exec"), scope)
+        if "loss" in scope:
+            found["loss"].append(scope["loss"].item())
+            found["gradients"].append(digests(names, (p.grad for p in online.parameters())))
+            found["params"].append(digests(names, online.parameters()))
+    return found
+
+
+def fill(network: nn.Module, names: list[str], prefix: str) -> None:
+    for name, p in zip(names, network.parameters(), strict=True):
+        p.data.copy_(torch.from_numpy(initial(prefix + name, p.shape)))
+
+
+def digests(names: list[str], tensors: Any) -> dict[str, list[float]]:
+    return {name: digest(name, x.detach().numpy()) for name, x in zip(names, tensors, strict=True)}
+
+
+def c51(module: ModuleType) -> dict[str, Any]:
+    space = SimpleNamespace(n=ACTIONS)
+    env = SimpleNamespace(single_action_space=space, single_observation_space=SimpleNamespace(shape=(OBS,)))
+    networks = [module.QNetwork(env, *(C51_FLAGS[name] for name in ("n_atoms", "v_min", "v_max"))) for _ in range(2)]
+    return steps(module, *networks, C51_NAMES, C51_FLAGS)
+
+
+def rainbow(module: ModuleType) -> dict[str, Any]:
+    noise = [factorised(np.random.RandomState(seed)) for seed in (10, 11)]  # of the online and the target network
+    networks = []
+    for mine in noise:
+        networks.append(small_rainbow(module))
+        set_noise(networks[-1], mine)
+        networks[-1].reset_noise = lambda: None  # it would draw anew
+    names = ["trunk.0.weight", "trunk.0.bias", *(f"{layer}.{kind}" for layer in NOISY for kind in KINDS)]
+    theirs = [f"{head}_head.{place}.{kind}" for head, place in HEADS for kind in KINDS.values()]
+    assert [name for name, _ in networks[0].named_parameters()] == ["network.0.weight", "network.0.bias", *theirs]
+    found = steps(module, *networks, names, RAINBOW_FLAGS)
+    return {**found, "noise": {"online": noise[0], "target": noise[1]}}
+
+
+def small_rainbow(module: ModuleType) -> nn.Module:
+    env = SimpleNamespace(single_action_space=SimpleNamespace(n=ACTIONS))
+    n_atoms, v_min, v_max = (RAINBOW_FLAGS[name] for name in ("n_atoms", "v_min", "v_max"))
+    network = module.NoisyDuelingDistributionalNetwork(env, n_atoms, v_min, v_max)
+
+    class Trunk(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(255.0 * x).relu()  # it divides by 255
+
+    network.network = nn.Sequential(Trunk(OBS, TRUNK))
+    for name, outputs in (("value_head", n_atoms), ("advantage_head", n_atoms * ACTIONS)):
+        layers = module.NoisyLinear(TRUNK, HIDDEN), nn.ReLU(), module.NoisyLinear(HIDDEN, outputs)
+        setattr(network, name, nn.Sequential(*layers))
+    return network
+
+
+def factorised(random: np.random.RandomState) -> dict[str, list[list[float]]]:
+    """For each noisy layer f(e) of its inputs and of its outputs, f(x) = sgn(x) sqrt(|x|)."""
+    n_atoms = int(RAINBOW_FLAGS["n_atoms"])
+    sizes = [(TRUNK, HIDDEN), (HIDDEN, n_atoms), (TRUNK, HIDDEN), (HIDDEN, n_atoms * ACTIONS)]
+    draws = {name: [random.standard_normal(n) for n in size] for name, size in zip(NOISY, sizes, strict=True)}
+    return {name: [(np.sign(x) * np.sqrt(abs(x))).round(4).tolist() for x in pair] for name, pair in draws.items()}
+
+
+def set_noise(network: nn.Module, noise: dict[str, list[list[float]]]) -> None:
+    layers = [getattr(network, f"{head}_head")[place] for head, place in HEADS]
+    for layer, (inputs, outputs) in zip(layers, noise.values(), strict=True):
+        layer.weight_epsilon.copy_(torch.outer(torch.tensor(outputs), torch.tensor(inputs)))
+        layer.bias_epsilon.copy_(torch.tensor(outputs))
+
+
+def main() -> None:
+    checkout = Path(sys.argv[1]).resolve()
+    torch.set_num_threads(1)
+    sys.path[:0] = [str(checkout), str(checkout / "cleanrl")]
+    commit = subprocess.check_output(["git", "-C", checkout, "rev-parse", "HEAD"], text=True).strip()
+    numbers: dict[str, Any] = {"versions": {"cleanrl": commit} | {name: version(name) for name in ("torch", "numpy")}}
+    numbers["c51"] = c51(importlib.import_module("c51"))
+    numbers["rainbow"] = rainbow(importlib.import_module("rainbow_atari"))
+    target = Path(__file__).resolve().with_name("categorical_numbers.json")
+    target.write_text(json.dumps(rounded(numbers), separators=(",", ":")) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Two gradient steps of C51 against CleanRL's own lines, from the same weights on the same batches.
+
+categorical_numbers.json holds what they computed, with the versions; make_categorical_numbers.py wrote it. Rewards lie
+between atoms, on atoms, and beyond the last; some transitions end an episode. The target network is another network.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.func import grad_and_value
+
+from rl_lab.algorithms import c51
+from rl_lab.algorithms.c51 import Args
+from rl_lab.distributions import Actions
+from rl_lab.networks import Params
+from rl_lab.optim import init_adam
+from rl_lab.replay import Batch
+
+HERE = Path(__file__).parent
+NUMBERS = json.loads((HERE / "categorical_numbers.json").read_text())["c51"]
+spec = importlib.util.spec_from_file_location("make_ppo_numbers", HERE / "make_ppo_numbers.py")
+assert spec and spec.loader
+peers = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(peers)  # its weights and digests; it runs no peer unless called
+
+
+def assert_digests(tensors: Params, expected: dict[str, list[float]]) -> None:
+    digests = {name: peers.digest(name, x.numpy()) for name, x in tensors.items() if name != "atoms"}
+    assert digests.keys() == expected.keys()
+    for name, numbers in expected.items():
+        np.testing.assert_allclose(digests[name], numbers, rtol=1e-6, atol=1e-6, err_msg=name)
+
+
+def network(prefix: str, args: Args) -> Params:
+    params = c51.init_params(3, Actions((2,), ()), args, torch.Generator())
+    weights = {name: torch.from_numpy(peers.initial(prefix + name, p.shape)) for name, p in params.items()}
+    return {**weights, "atoms": params["atoms"]}
+
+
+def as_batch(columns: dict[str, list[Any]], args: Args) -> Batch:
+    batch = {name: torch.tensor(column) for name, column in columns.items()}
+    return {**batch, "discounts": args.gamma * (~batch["terminated"]).float()}
+
+
+def test_two_steps() -> None:
+    """Guards the projection, the target's greedy action, the cross-entropy, its gradient, and Adam with its epsilon."""
+    args = Args(**NUMBERS["flags"], batch_size=12)
+    params, target = network("", args), network("target.", args)
+    opt, learning_rate = init_adam(params), torch.tensor(args.learning_rate)
+    for t, columns in enumerate(NUMBERS["batches"]):
+        batch = as_batch(columns, args)
+        grads, (total, _) = grad_and_value(c51.loss, has_aux=True)(params, target, batch)
+        assert total.item() == pytest.approx(NUMBERS["loss"][t], abs=1e-6)
+        assert_digests(grads, NUMBERS["gradients"][t])
+        params, opt, metrics = c51.update(params, target, opt, batch, learning_rate, args)
+        assert torch.equal(metrics["loss"], total)
+        assert_digests(params, NUMBERS["params"][t])

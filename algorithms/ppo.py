@@ -1,18 +1,19 @@
-"""Proximal policy optimization with the clipped surrogate objective, for vector observations.
+"""Proximal policy optimization with the clipped surrogate objective, for vectors and for Atari's images.
 
 Papers: Schulman et al. 2017, Proximal policy optimization algorithms, arXiv:1707.06347; Schulman et al. 2016,
 High-dimensional continuous control using generalized advantage estimation, arXiv:1506.02438. The details that the paper
 leaves out are numbered after Huang et al. 2022, The 37 implementation details of proximal policy optimization; each
-number stands where the detail happens. Details 14-22 (Atari) and 32-36 (LSTM) are not in this file.
+number stands where the detail happens; 14-20 are in envs/atari.py, 32-36 (LSTM) not here.
 
     L = E[min(ratio * A, clip(ratio, 1 - eps, 1 + eps) * A)] - c1 * L_VF + c2 * H        [2017, Eqs. 7 and 9]
 
-Differs from CleanRL's ppo.py and ppo_continuous_action.py in:
+Differs from CleanRL's ppo.py, ppo_atari.py and ppo_continuous_action.py in:
   - a truncated episode bootstraps from its true successor, and the return that scales rewards starts anew after it;
     `--semantics cleanrl` treats truncation as termination, as they do;
   - `--target-kl` compares the epoch's mean divergence; `--semantics cleanrl` the last minibatch's;
   - observations and rewards are normalised by statistics per seed, not per environment (the same with one environment);
-  - values and log-probabilities of a rollout are computed after it in one batch: the same numbers to rounding.
+  - values and log-probabilities of a rollout are computed after it in one batch: the same numbers to rounding;
+  - convolutions compute in bfloat16, as Atari's `--bf16` has it; parameters, gradients and Adam are float32.
 
     python -m rl_lab.ppo --env HalfCheetah-v4        expected results: docs/ppo.md
 """
@@ -36,17 +37,17 @@ from rl_lab.compiler import Compiled, scan
 from rl_lab.distributed import averaged, gathered, ranks, share
 from rl_lab.distributions import Actions, Outputs, draw_noise, logprob_and_entropy, sample
 from rl_lab.envs import make
-from rl_lab.networks import Params, flat_size, init_mlp, mlp, pack, stack, unpack
+from rl_lab.networks import Params, flat_size, init_mlp, init_nature_cnn, is_image, mlp, nature_cnn, pack, stack, unpack
 from rl_lab.normalize import observe, standardize
-from rl_lab.optim import AdamState, adam, clip_gradients, init_adam
+from rl_lab.optim import AdamState, adam, clip_gradients, in_bf16, init_adam
 from rl_lab.returns import explained_variance, gae
-from rl_lab.rollout import Collector, Inputs, Rollout, contiguous, draw_shuffles, on_device, split_seeds
+from rl_lab.rollout import Collector, Inputs, Rollout, contiguous, draw_shuffles, on_device, over_seeds, split_seeds
 from rl_lab.run import Run
 
 
 @dataclass(frozen=True)
 class Args(RunArgs):
-    """Defaults for discrete actions are CleanRL's ppo.py's, for Box actions its ppo_continuous_action.py's."""
+    """CleanRL's defaults: ppo.py's, for Box actions ppo_continuous_action.py's, for images ppo_atari.py's."""
 
     env: str = "CartPole-v1"  # environment id of Gymnasium
     total_timesteps: int = 500_000  # env steps of one seed, over all its environments
@@ -66,6 +67,7 @@ class Args(RunArgs):
     max_grad_norm: float = 0.5  # bound on the norm of the gradient
     target_kl: float | None = None  # stop a rollout's updates after an epoch that diverged further than this
     normalize: bool = False  # normalise and clip observations and rewards by running statistics
+    bf16: bool = False  # compute the network of images in bfloat16, but for its last layer
     semantics: Literal["correct", "cleanrl"] = "correct"  # of truncation and target_kl, see the head of this file
 
     def __post_init__(self) -> None:
@@ -86,46 +88,39 @@ class Args(RunArgs):
         return self.total_timesteps // (self.num_envs * self.num_steps)
 
 
+IMAGES = Args(env="BreakoutNoFrameskip-v4", total_timesteps=10_000_000, num_envs=8, clip_coef=0.1, bf16=True)
 BOX = Args(
     env="HalfCheetah-v4", total_timesteps=1_000_000, learning_rate=3e-4, num_envs=1, num_steps=2048,
     num_minibatches=32, update_epochs=10, ent_coef=0.0, normalize=True,
 )  # fmt: skip
 
 
-def init_params(obs_size: int, actions: Actions, generator: torch.Generator) -> Params:
-    """Separate networks of two 64-unit tanh layers (details 13, 26), orthogonally initialised (detail 2)."""
-    params = init_mlp("critic", (obs_size, 64, 64, 1), 1.0, generator)
-    params |= init_mlp("actor", (obs_size, 64, 64, actions.num_outputs), 0.01, generator)
-    if actions.low:
-        params["logstd"] = torch.zeros(
-            actions.num_outputs, device=generator.device
-        )  # detail 24: does not depend on the state
+def init_params(space: gym.Space[Any], actions: Actions, generator: torch.Generator) -> Params:
+    """Orthogonal (detail 2): separate networks of two 64-unit tanh layers (13, 26), or heads on one Nature CNN (21)."""
+    params = init_nature_cnn("trunk", space.shape[0], generator) if is_image(space) else {}
+    sizes = [512] if is_image(space) else [flat_size(space), 64, 64]
+    params |= init_mlp("critic", (*sizes, 1), 1.0, generator)
+    params |= init_mlp("actor", (*sizes, actions.num_outputs), 0.01, generator)
+    if actions.low:  # detail 24: does not depend on the state
+        params["logstd"] = torch.zeros(actions.num_outputs, device=generator.device)
     return params
 
 
-def value(params: Params, obs: Tensor) -> Tensor:
-    """V(s): (B, *obs) -> (B,)."""
-    return mlp(params, "critic", obs.flatten(1).float()).squeeze(1)
-
-
-def head(params: Params, inputs: Inputs, actions: Actions) -> Outputs:
-    """What the actor says of the policy at `inputs`: obs (B, *obs), and mask (B, A) where the environment has one."""
-    outputs = mlp(params, "actor", inputs["obs"].flatten(1).float())
+def network(params: Params, inputs: Inputs, actions: Actions) -> tuple[Outputs, Tensor]:
+    """The policy's numbers, and V(s) (B,), at `inputs`: obs (B, *obs), and mask (B, A) where there is one."""
+    images = "trunk.0.weight" in params
+    x = nature_cnn(params, "trunk", inputs["obs"]) if images else inputs["obs"].flatten(1).float()
+    outputs, values = (mlp(params, name, x, num_layers=1 if images else 3) for name in ("actor", "critic"))
     if actions.low:
-        return {"mean": outputs, "logstd": params["logstd"]}  # detail 23
+        return {"mean": outputs, "logstd": params["logstd"]}, values.squeeze(1)  # detail 23
     if "mask" in inputs:
         outputs = torch.where(inputs["mask"], outputs, torch.finfo(outputs.dtype).min)
-    return {"logits": outputs}
+    return {"logits": outputs}, values.squeeze(1)
 
 
 def act(params: Params, inputs: Inputs, noise: Tensor | None, actions: Actions) -> tuple[Tensor, Tensor]:
     """Actions to store and, clipped for Box, for the environment (detail 27); the likeliest where `noise` is None."""
-    return sample(head(params, inputs, actions), noise, actions)
-
-
-def evaluate_actions(params: Params, inputs: Inputs, taken: Tensor, actions: Actions) -> tuple[Tensor, Tensor]:
-    """Log-probability and entropy at `taken`, (B,) each, summed over the components (details 25, 37)."""
-    return logprob_and_entropy(head(params, inputs, actions), taken, actions)
+    return sample(network(params, inputs, actions)[0], noise, actions)
 
 
 def loss(params: Params, batch: Rollout, actions: Actions, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
@@ -136,18 +131,18 @@ def loss(params: Params, batch: Rollout, actions: Actions, args: Args) -> tuple[
     Returns:
         () loss, and () tensors to log under CleanRL's names.
     """
-    logprobs, entropy = evaluate_actions(params, batch, batch["actions"], actions)
+    outputs, values = network(in_bf16(params, "trunk", args.bf16), batch, actions)
+    logprobs, entropy = logprob_and_entropy(outputs, batch["actions"], actions)  # details 25, 37
     assert logprobs.shape == batch["logprobs"].shape == batch["advantages"].shape
     logratio = logprobs - batch["logprobs"]
     ratio = logratio.exp()
-
     advantages = batch["advantages"]
     if args.norm_adv:  # detail 7
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
     policy_loss = -torch.minimum(advantages * ratio, advantages * clipped).mean()  # detail 8, [2017, Eq. 7]
 
-    values, old_values, returns = value(params, batch["obs"]), batch["values"], batch["returns"]
+    old_values, returns = batch["values"], batch["returns"]
     squares = (values - returns).square()
     if args.clip_vloss:  # detail 9
         near = old_values + (values - old_values).clamp(-args.clip_coef, args.clip_coef)
@@ -181,9 +176,11 @@ def step(params: Params, opt: AdamState, grads: Params, learning_rate: Tensor, a
 def targets(params: Params, rollout: Rollout, actions: Actions, args: Args) -> Rollout:
     """What the minibatches are drawn from: (T, N, ...) of a rollout to (T * N, ...), with values and advantages."""
     flat = {name: x.flatten(0, 1) for name, x in rollout.items()}
-    logprobs, _ = evaluate_actions(params, flat, flat["actions"], actions)
-    shape, rewards = rollout["rewards"].shape, rollout["rewards"].float()
-    values, next_values = (value(params, flat[name]).reshape(shape) for name in ("obs", "next_obs"))
+    params, rewards = in_bf16(params, "trunk", args.bf16), rollout["rewards"].float()
+    outputs, values = network(params, flat, actions)
+    _, next_values = network(params, {"obs": flat["next_obs"]}, actions)
+    logprobs, _ = logprob_and_entropy(outputs, flat["actions"], actions)
+    values, next_values = values.reshape(rewards.shape), next_values.reshape(rewards.shape)
     terminated, truncated = rollout["terminated"], rollout["truncated"]
     if args.semantics == "cleanrl":
         terminated = terminated | truncated
@@ -218,7 +215,6 @@ def learn(
     data = vmap(partial(targets, actions=actions, args=args), in_dims=(0, 1))(params, rollout)
     as_dict = vmap(partial(unpack, layout={name: p.shape[1:] for name, p in params.items()}))
     epoch_ends = torch.arange(1, len(shuffles) + 1, device=shuffles.device) % args.num_minibatches == 0
-
     target_kl = math.inf if args.target_kl is None else args.target_kl
 
     def minibatch(carry: Any, x: tuple[Tensor, Tensor]) -> tuple[Any, dict[str, Tensor]]:
@@ -248,17 +244,19 @@ def learn(
 def train(args: Args) -> Run:
     """Train `args.num_seeds` agents; everything is in the run folders afterwards."""
     (rank, num_ranks), (whole, args) = ranks(), share(args)  # `whole` is of all ranks under torchrun, `args` this one's
-    where = (args.torch_device, args.backend, args.env_threads)
-    env = make(args.env, args.env_seeds(rank), args.num_envs, *where)
-    actions, obs_size = Actions.of(env.action_space), flat_size(env.observation_space)
+    env = make(args.env, args.env_seeds(rank), args.num_envs, *args.make_options)
+    actions, images = Actions.of(env.action_space), is_image(env.observation_space)
+    args.require("normalize", not (images and args.normalize), "off for images")
+    args.require("bf16", images or not args.bf16, "off for vectors, whose small networks are faster in float32")
     generators = args.generators(0)
-    params = stack([init_params(obs_size, actions, g) for g in generators])
+    params = stack([init_params(env.observation_space, actions, g) for g in generators])
     opt = contiguous(vmap(init_adam)({"all": vmap(pack)(params)}))
     generators = args.generators(rank) if rank else generators
     key, choose = ("ppo", args.key, actions), partial(act, actions=actions)
     normalize = partial(observe, gamma=args.gamma, cleanrl=args.semantics == "cleanrl") if args.normalize else None
     collector = Collector(env, choose, normalize, generators, key, args.compile)
-    gradients, one_graph = averaged(vmap(partial(gradient, actions=actions, args=args)), key, args.compile)
+    by_seed = over_seeds(partial(gradient, actions=actions, args=args), images)
+    gradients, one_graph = averaged(by_seed, key, args.compile)
     learner = Compiled(partial(learn, gradients=gradients, actions=actions, args=args), ("learn", *key), one_graph)
 
     run = Run(whole, "ppo", env, lambda: {"params": params, "opt": opt, "collector": collector.state_dict()})
@@ -271,12 +269,12 @@ def train(args: Args) -> Run:
         remaining = 1.0 - iteration / whole.num_iterations if args.anneal_lr else 1.0  # detail 4
         learning_rate = torch.tensor(args.learning_rate * remaining, device=env.device)
         noise = torch.cat([draw_noise(actions, (args.num_steps, args.num_envs), g) for g in generators], dim=1)
-        rollout = collector.collect(params, noise)  # detail 1: rollouts run across the ends of episodes
+        rollout = collector.collect(in_bf16(params, "trunk", args.bf16), noise)  # detail 1: across episodes' ends
         shuffles = [draw_shuffles(batch, args.update_epochs, args.num_minibatches, g) for g in generators]
         params, opt, metrics = learner(params, opt, rollout, torch.stack(shuffles, dim=1), learning_rate)
         run.log(gathered(rollout, args.num_seeds), metrics)
         if run.evaluation_due:
-            test_env = make(args.env, args.evaluation_seeds, 10, *where)
+            test_env = make(args.env, args.evaluation_seeds, 10, *args.make_options)
             run.evaluate(partial(policy, noise=None, actions=actions), params, collector.normalizer, test_env)
     run.finish(params, collector.normalizer)
     return run
@@ -291,9 +289,10 @@ def policy(params: Params, normalizer: Any, inputs: Inputs, noise: Tensor | None
 
 
 def defaults(env_id: str) -> Args:
-    """CleanRL's hyper-parameters for the action space of `env_id`."""
+    """CleanRL's hyper-parameters for the spaces of `env_id`."""
     env = make(env_id, seeds=(0,), num_envs=1)
-    return replace(BOX if isinstance(env.action_space, gym.spaces.Box) else Args(), env=env_id)
+    args = IMAGES if is_image(env.observation_space) else BOX if Actions.of(env.action_space).low else Args()
+    return replace(args, env=env_id)
 
 
 def main() -> None:

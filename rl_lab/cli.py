@@ -58,6 +58,8 @@ class RunArgs:
     """CPU threads of torch; one is fastest for small networks"""
     env_threads: int = 1
     """CPU threads that step native MuJoCo environments"""
+    sticky_actions: float = 0.0
+    """probability that a native Atari game repeats the frame before's action, whatever the agent chose"""
     runs_dir: Path = Path("runs")
     """where run folders are made"""
     checkpoint_every: int = 100_000
@@ -99,6 +101,11 @@ class RunArgs:
     def torch_device(self) -> torch.device:
         cuda = self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available())
         return torch.device("cuda" if cuda else "cpu")
+
+    @property
+    def make_options(self) -> tuple[torch.device, str, int, float]:
+        """What `make` takes after the id, the seeds and the number of environments."""
+        return self.torch_device, self.backend, self.env_threads, self.sticky_actions
 
     @property
     def annealed(self) -> bool:

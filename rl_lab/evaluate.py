@@ -141,8 +141,9 @@ def _unflatten(tensors: dict[str, Tensor]) -> dict[str, Any]:
 def play(policy: Policy, episodes: int, deterministic: bool, seed: int) -> dict[str, Any]:
     """Statistics over episodes, and the episodes' returns and lengths; std is that of the sample (ddof 0)."""
     num_envs = max(n for n in range(1, 101) if episodes % n == 0)  # side by side, each the same number of episodes
-    backend = policy.config["args"]["backend"]
-    env = make(policy.env_id, evaluation_seeds([policy.seed], (seed,)), num_envs, backend=backend)
+    flags = policy.config["args"]
+    options = {"backend": flags["backend"], "sticky_actions": flags.get("sticky_actions", 0.0)}
+    env = make(policy.env_id, evaluation_seeds([policy.seed], (seed,)), num_envs, **options)
     policy.generator.manual_seed(evaluation_seeds([policy.seed], (seed, 1))[0])
     table = evaluate(lambda inputs: policy(deterministic=deterministic, **inputs), env, episodes // num_envs)
     env.close()

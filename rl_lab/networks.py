@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import gymnasium as gym
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -62,6 +63,39 @@ def mlp(
         if layer < num_layers - 1:
             x = activation(x)
     return x
+
+
+def is_image(space: gym.Space[Any]) -> TypeGuard[gym.spaces.Box]:
+    """Whether observations are what the Nature CNN takes: uint8 images (C, 84, 84)."""
+    return isinstance(space, gym.spaces.Box) and space.dtype == np.uint8 and space.shape[1:] == (84, 84)
+
+
+NATURE_CNN = ((32, 8, 4), (64, 4, 2), (64, 3, 1))  # filters, kernel and stride of its convolutions
+
+
+def init_nature_cnn(name: str, channels: int, generator: torch.Generator) -> Params:
+    """Orthogonal weights with gain sqrt(2) and zero biases; layers 0 to 2 are convolutions, layer 3 is linear."""
+    shapes, inputs = [], channels
+    for filters, kernel, _ in NATURE_CNN:
+        shapes.append((filters, inputs, kernel, kernel))
+        inputs = filters
+    params = {}
+    for layer, shape in enumerate([*shapes, (512, inputs * 7 * 7)]):
+        weight = torch.empty(shape, device=generator.device)
+        params[f"{name}.{layer}.weight"] = torch.nn.init.orthogonal_(weight, 2**0.5, generator=generator)
+        params[f"{name}.{layer}.bias"] = torch.zeros(shape[0], device=generator.device)
+    return params
+
+
+def nature_cnn(params: Params, name: str, images: Tensor) -> Tensor:
+    """(B, C, 84, 84) uint8 -> (B, 512) float32, computed in the parameters' dtype.
+
+    Mnih et al. 2015, Human-level control through deep reinforcement learning, Methods, "Model architecture".
+    """
+    x = images.to(params[f"{name}.0.weight"].dtype) / 255  # detail 22 of PPO, after Huang et al. 2022
+    for layer, (_, _, stride) in enumerate(NATURE_CNN):
+        x = F.relu(F.conv2d(x, params[f"{name}.{layer}.weight"], params[f"{name}.{layer}.bias"], stride))
+    return F.relu(F.linear(x.flatten(1), params[f"{name}.3.weight"], params[f"{name}.3.bias"])).float()
 
 
 def pack(params: Params) -> Tensor:

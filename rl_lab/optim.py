@@ -19,6 +19,11 @@ def init_adam(params: Params) -> AdamState:
     return {"first": zeros, "second": dict(zeros), "step": step}
 
 
+def in_bf16(params: Params, name: str, enabled: bool) -> Params:
+    """The parameters under `name` in bfloat16, which their layers then compute in; gradients and Adam stay float32."""
+    return {key: p.bfloat16() if enabled and key.startswith(f"{name}.") else p for key, p in params.items()}
+
+
 def clip_gradients(grads: Params, max_norm: float) -> tuple[Params, Tensor]:
     """Scale all gradients so that their joint Euclidean norm is at most `max_norm`; also returns the norm before."""
     norm = torch.stack([g.square().sum() for g in grads.values()]).sum().sqrt()

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from rl_lab.compiler import Compiled, scan
+from rl_lab.networks import is_image
 from rl_lab.normalize import begin
 from rl_lab.vector import Step, TensorEnv, VectorEnv
 
@@ -36,6 +37,23 @@ Observe = Callable[[Any, Step], tuple[Any, Step]]
 def split_seeds(tree: Any, num_seeds: int, dim: int = 0) -> Any:
     """Every tensor of a tree from B = S * N rows in axis `dim` to (S, N)."""
     return pytree.tree_map(lambda x: x.unflatten(dim, (num_seeds, -1)), tree)
+
+
+def over_seeds(function: Callable[..., Any], images: bool) -> Callable[..., Any]:
+    """`function` of one agent over the leading seed axis of its arguments: by `vmap`, or for images one by one.
+
+    `vmap` makes one convolution of many seeds a grouped one, which takes up to twice the time; and a convolution is
+    large enough not to gain by being batched.
+    """
+    if not images:
+        return vmap(function)
+
+    def one_by_one(*args: Any) -> Any:
+        seeds = range(len(pytree.tree_leaves(args)[0]))
+        results = [function(*pytree.tree_map(lambda x, s=s: x[s], args)) for s in seeds]
+        return pytree.tree_map(lambda *x: torch.stack(x), *results)
+
+    return one_by_one
 
 
 def merge_seeds(tree: Any) -> Any:
@@ -85,9 +103,10 @@ class Collector:
         compile: bool = True,
     ) -> None:
         num_seeds = len(env.seeds)
+        act_seeds = over_seeds(act, is_image(env.observation_space))
 
         def act_rows(params: Any, inputs: Inputs, noise: Tensor) -> tuple[Tensor, Tensor]:
-            return merge_seeds(vmap(act)(params, *split_seeds((inputs, noise), num_seeds)))  # type: ignore[no-any-return]
+            return merge_seeds(act_seeds(params, *split_seeds((inputs, noise), num_seeds)))  # type: ignore[no-any-return]
 
         def observe_rows(normalizer: Any, step: Step) -> tuple[Any, tuple[Tensor, ...]]:
             assert observe is not None

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -45,7 +46,8 @@ class Case:
         low_high = ((-1.0, -1.0), (1.0, 1.0)) if box else ()
         self.actions = Actions((2,) if box else (3,), (2,) if box else (), *low_high)
         self.args = ppo.Args(**self.numbers["flags"])
-        blank = ppo.init_params(3 + box, self.actions, torch.Generator())
+        space = gym.spaces.Box(-np.inf, np.inf, (3 + box,))
+        blank = ppo.init_params(space, self.actions, torch.Generator())
         self.params = {name: torch.from_numpy(peers.initial(name, p.shape)) for name, p in blank.items()}
         stream = {name: torch.tensor(column) for name, column in self.numbers["stream"].items()}
         first = stream.pop("first").double()

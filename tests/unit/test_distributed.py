@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gymnasium as gym
 import pytest
 import torch
 
@@ -29,7 +30,7 @@ def batch(rows: slice) -> Rollout:
 
 
 def gradients_of(rows: slice) -> ppo.Params:
-    params = ppo.init_params(4, ACTIONS, torch.Generator().manual_seed(1))
+    params = ppo.init_params(gym.spaces.Box(-1, 1, (4,)), ACTIONS, torch.Generator().manual_seed(1))
     function, one_graph = ppo.averaged(lambda p, b: ppo.gradient(p, b, ACTIONS, ARGS), "test", compile=False)
     assert one_graph is False
     return function(params, batch(rows))[0]

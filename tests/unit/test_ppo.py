@@ -19,7 +19,7 @@ from torch.func import vmap
 
 from rl_lab.algorithms import ppo
 from rl_lab.algorithms.ppo import Args
-from rl_lab.distributions import Actions, draw_noise
+from rl_lab.distributions import Actions, draw_noise, logprob_and_entropy
 from rl_lab.networks import Params, mlp, pack
 from rl_lab.optim import init_adam
 from rl_lab.rollout import Inputs, Rollout, draw_shuffles
@@ -36,9 +36,17 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def vectors(size: int) -> gym.spaces.Box:
+    return gym.spaces.Box(-np.inf, np.inf, (size,))
+
+
+def evaluate_actions(params: Params, inputs: Inputs, taken: Tensor, actions: Actions) -> tuple[Tensor, Tensor]:
+    return logprob_and_entropy(ppo.network(params, inputs, actions)[0], taken, actions)
+
+
 def some_params(actions: Actions, obs_size: int = 4) -> Params:
     """Weights away from their initial values, so that every choice has another probability."""
-    params = ppo.init_params(obs_size, actions, generator())
+    params = ppo.init_params(vectors(obs_size), actions, generator())
     noise = generator(1)
     return {name: p + 0.3 * torch.randn(p.shape, generator=noise) for name, p in params.items()}
 
@@ -53,7 +61,7 @@ def some_batch(actions: Actions, masked: bool = False, size: int = 12) -> Rollou
             inputs["mask"][:, start] = True
     params = some_params(actions)
     taken, _ = ppo.act(params, inputs, draw_noise(actions, (size,), random), actions)
-    logprobs, _ = ppo.evaluate_actions(params, inputs, taken, actions)
+    logprobs, _ = evaluate_actions(params, inputs, taken, actions)
     columns = {name: torch.randn(size, generator=random) for name in ("values", "advantages", "returns")}
     off = 0.3 * torch.randn(size, generator=random)
     return {**inputs, "actions": taken, "logprobs": logprobs + off, **columns}
@@ -64,7 +72,7 @@ def some_batch(actions: Actions, masked: bool = False, size: int = 12) -> Rollou
 
 def test_initial_agent() -> None:
     """Guards details 2, 13, 24 and 26: gains of the two heads, zero biases, separate networks, zero log-std."""
-    params = ppo.init_params(4, BOX, generator())
+    params = ppo.init_params(vectors(4), BOX, generator())
     actor, critic = params["actor.2.weight"], params["critic.2.weight"]
     torch.testing.assert_close(actor @ actor.T, 1e-4 * torch.eye(2), rtol=0, atol=1e-9)
     torch.testing.assert_close(critic @ critic.T, torch.ones(1, 1), rtol=0, atol=1e-5)
@@ -74,7 +82,7 @@ def test_initial_agent() -> None:
     assert not torch.equal(hidden, params["critic.1.weight"])
     assert not params["logstd"].any()
     assert not any(p.any() for name, p in params.items() if name.endswith("bias"))
-    assert "logstd" not in ppo.init_params(4, DISCRETE, generator())
+    assert "logstd" not in ppo.init_params(vectors(4), DISCRETE, generator())
 
 
 def test_multidiscrete_is_a_product() -> None:
@@ -83,7 +91,7 @@ def test_multidiscrete_is_a_product() -> None:
     logits = mlp(params, "actor", batch["obs"])
     parts = [Categorical(logits=x) for x in (logits[:, :3], logits[:, 3:5], logits[:, 5:])]
     expected = sum(p.log_prob(a) for p, a in zip(parts, batch["actions"].unbind(1), strict=True))
-    logprobs, entropy = ppo.evaluate_actions(params, batch, batch["actions"], MULTI)
+    logprobs, entropy = evaluate_actions(params, batch, batch["actions"], MULTI)
     assert logprobs.shape == entropy.shape == (12,)
     torch.testing.assert_close(logprobs, expected, rtol=0, atol=1e-6)
     torch.testing.assert_close(entropy, sum(p.entropy() for p in parts), rtol=0, atol=1e-6)
@@ -93,7 +101,7 @@ def test_box_is_a_diagonal_gaussian() -> None:
     """Guards details 23-25: one density over all dimensions, with a scale that does not depend on the state."""
     params, batch = some_params(BOX), some_batch(BOX)
     peer = Independent(Normal(mlp(params, "actor", batch["obs"]), params["logstd"].exp().expand(12, 2)), 1)
-    logprobs, entropy = ppo.evaluate_actions(params, batch, batch["actions"], BOX)
+    logprobs, entropy = evaluate_actions(params, batch, batch["actions"], BOX)
     torch.testing.assert_close(logprobs, peer.log_prob(batch["actions"]), rtol=0, atol=1e-6)
     torch.testing.assert_close(entropy, peer.entropy(), rtol=0, atol=1e-6)
 
@@ -125,15 +133,15 @@ def test_likeliest_action(actions: Actions) -> None:
     params, batch = some_params(actions), some_batch(actions)
     best, _ = ppo.act(params, batch, None, actions)
     assert torch.equal(best, ppo.act(params, batch, None, actions)[0])
-    top, _ = ppo.evaluate_actions(params, batch, best, actions)
+    top, _ = evaluate_actions(params, batch, best, actions)
     for seed in range(20):
         other, _ = ppo.act(params, batch, draw_noise(actions, (12,), generator(seed)), actions)
-        assert (ppo.evaluate_actions(params, batch, other, actions)[0] <= top + 1e-6).all()
+        assert (evaluate_actions(params, batch, other, actions)[0] <= top + 1e-6).all()
 
 
 def test_environment_sees_clipped_actions() -> None:
     """Guards detail 27: bounds by dimension; the stored action stays as it was drawn."""
-    params = ppo.init_params(4, BOX, generator())  # mean about 0, standard deviation 1
+    params = ppo.init_params(vectors(4), BOX, generator())  # mean about 0, standard deviation 1
     params["actor.2.weight"].zero_()
     noise = torch.tensor([[3.0, 3.0], [-3.0, -3.0], [0.5, -1.5]])
     taken, seen = ppo.act(params, {"obs": torch.zeros(3, 4)}, noise, BOX)
@@ -153,7 +161,7 @@ def test_masked_choices(actions: Actions) -> None:
     parts = [Categorical(logits=x.masked_fill(~m, -math.inf)) for x, m in zip(logits, mask, strict=True)]
     choices = batch["actions"].reshape(size, -1).T
     expected = sum(p.log_prob(a) for p, a in zip(parts, choices, strict=True))
-    logprobs, entropy = ppo.evaluate_actions(params, batch, batch["actions"], actions)
+    logprobs, entropy = evaluate_actions(params, batch, batch["actions"], actions)
     torch.testing.assert_close(logprobs, expected, rtol=0, atol=2e-6)
     expected = sum(torch.special.entr(p.probs).sum(1) for p in parts)
     torch.testing.assert_close(entropy, expected, rtol=0, atol=2e-6)
@@ -201,7 +209,7 @@ def test_loss_by_hand() -> None:
     with advantage -1 it counts 2 against; the value 1 clipped to 0.2 from 0 against the return 2 costs 1.8^2 / 2; two
     equal choices have the entropy ln 2."""
     actions = Actions((2,), ())
-    params = {name: torch.zeros_like(p) for name, p in ppo.init_params(1, actions, generator()).items()}
+    params = {name: torch.zeros_like(p) for name, p in ppo.init_params(vectors(1), actions, generator()).items()}
     params["critic.2.bias"] += 1.0
     args = Args(norm_adv=False, ent_coef=0.01, vf_coef=0.5)
     batch = {"obs": torch.zeros(1, 1), "actions": torch.zeros(1, dtype=torch.int64)}
@@ -235,7 +243,7 @@ def test_semantics_of_truncation(semantics: Any, done: str, first: float) -> Non
     advantage is 1 + 11/2 - 1 = 5.5 with the bootstrap and 1 - 1 = 0 without; the second 1 + 1/2 - 1 = 0.5 in any case.
     """
     actions = Actions((2,), ())
-    params = {name: torch.zeros_like(p) for name, p in ppo.init_params(1, actions, generator()).items()}
+    params = {name: torch.zeros_like(p) for name, p in ppo.init_params(vectors(1), actions, generator()).items()}
     for layer, weight in enumerate((100.0, 100.0, 10.0)):  # saturated tanh: 10 * 1 + 1 at observation 9
         params[f"critic.{layer}.weight"][0, 0] = weight
     params["critic.2.bias"] += 1.0

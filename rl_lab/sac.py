@@ -1,0 +1,8 @@
+"""Train SAC with automatic temperature on one or many seeds, or resume a run."""
+
+from __future__ import annotations
+
+from rl_lab.algorithms.sac import main
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""Put the measured speeds of `benchmarks/results` into the README, between its speed marks.
+"""Put the measured training speeds of `benchmarks/results` into the README, between its speed marks.
 
 python -m benchmarks.readme
 """
@@ -12,13 +12,14 @@ from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+ALGORITHMS = ("ppo", "dqn", "sac")
 PEERS = ("Stable-Baselines3", "CleanRL")
 
 
-def row(report: dict[str, Any]) -> list[str]:
-    """One environment: steps per CPU-second with one seed and with ten, with ratios, and time to result."""
+def row(algo: str, report: dict[str, Any]) -> list[str]:
+    """One algorithm on one environment: steps per CPU-second with one seed and with ten, with ratios, and time to result."""
     results = report["results"]
-    cells = [report["env"]]
+    cells = [algo.upper(), report["env"]]
     for name in ("rl_lab", "rl_lab, 10 seeds"):
         ratios = (median(a / b for a, b in zip(results[name]["sps"], results[p]["sps"], strict=True)) for p in PEERS)
         cells.append(f"{median(results[name]['sps']):,.0f} ({' / '.join(f'{ratio:.1f} ×' for ratio in ratios)})")
@@ -31,10 +32,12 @@ def row(report: dict[str, Any]) -> list[str]:
 
 def table(folder: Path) -> str:
     """Markdown of every report in `folder`."""
-    reports = [json.loads(path.read_text()) for path in sorted(folder.glob("ppo-*.json"))]
-    header = ["environment", "rl_lab, one seed (× SB3 / CleanRL)", "ten seeds in all (likewise)", *PEERS]
+    paths = [path for algo in ALGORITHMS for path in sorted(folder.glob(f"{algo}-*.json"))]
+    reports = [json.loads(path.read_text()) for path in paths]
+    header = ["", "environment", "rl_lab, one seed (× SB3 / CleanRL)", "ten seeds in all (likewise)", *PEERS]
     header.append("CPU time to result: rl_lab warm / cold / SB3 / CleanRL")
-    rows = [header, ["---"] + ["---:"] * 5, *map(row, reports)]
+    rows = [header, ["---"] * 2 + ["---:"] * 5]
+    rows += [row(path.name.partition("-")[0], report) for path, report in zip(paths, reports, strict=True)]
     machines = {f"{report['machine']['cpu']}, {report['machine']['cores']} cores" for report in reports}
     return (
         "\n".join(f"| {' | '.join(cells)} |" for cells in rows) + f"\n\nMeasured on {' and '.join(sorted(machines))}."
@@ -43,7 +46,7 @@ def table(folder: Path) -> str:
 
 def main() -> None:
     readme = ROOT / "README.md"
-    begin, end = "<!-- speed:ppo -->\n", "\n<!-- /speed:ppo -->"
+    begin, end = "<!-- speed -->\n", "\n<!-- /speed -->"
     text = begin + table(ROOT / "benchmarks/results") + end
     new, count = re.subn(f"{begin}.*?{end[1:]}", lambda _: text, readme.read_text(encoding="utf-8"), flags=re.S)
     if count != 1:

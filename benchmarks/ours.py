@@ -1,11 +1,15 @@
-"""`python -m rl_lab.ppo` with a line "SPS: ..." after each iteration, as CleanRL's scripts print."""
+"""A training command of rl_lab with a line "SPS: ..." after each iteration, as CleanRL's scripts print.
+
+python -m benchmarks.ours ppo --env CartPole-v1 ...
+"""
 
 from __future__ import annotations
 
+import runpy
+import sys
 import time
 from collections.abc import Iterator
 
-from rl_lab.algorithms.ppo import main
 from rl_lab.run import Run
 
 iterations = Run.iterations
@@ -21,4 +25,4 @@ def marked(self: Run, num_iterations: int, steps: int) -> Iterator[int]:
 
 if __name__ == "__main__":
     Run.iterations = marked  # type: ignore[method-assign]
-    main()
+    runpy.run_module(f"rl_lab.{sys.argv.pop(1)}", run_name="__main__")

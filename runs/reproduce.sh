@@ -13,8 +13,23 @@ case $algo in
         flags=(--semantics cleanrl)  # budgets and hyper-parameters are CleanRL's by default
         seeds() { [[ $1 == Acrobot-v1 ]] && echo 20 || echo 10; }  # the number its margin takes, docs/curves.md
         ;;
+    dqn)
+        envs=(CartPole-v1 Acrobot-v1)
+        flags=()
+        seeds() { echo 10; }
+        ;;
+    c51)
+        envs=(CartPole-v1)
+        flags=()
+        seeds() { echo 10; }
+        ;;
+    sac)
+        envs=(HalfCheetah-v4 Hopper-v4)
+        flags=(--total-timesteps 300000)  # of CleanRL's million: hours on one core, and informative by then
+        seeds() { echo 3; }
+        ;;
     *)
-        echo "usage: runs/reproduce.sh ppo [ENV...]" >&2
+        echo "usage: runs/reproduce.sh ppo|dqn|c51|sac [ENV...]" >&2
         exit 2
         ;;
 esac

@@ -138,10 +138,11 @@ def insert(readme: Path, algo: str, text: str) -> None:
 
 def draw(results: Sequence[Result]) -> Figure:
     """Small multiples: ours over the reference's band, or over the published figure where no runs were measured."""
-    rows = math.ceil(len(results) / COLUMNS)
+    columns = min(COLUMNS, len(results))
+    rows = math.ceil(len(results) / columns)
     with matplotlib.rc_context(plot.STYLE):
-        figure = Figure(figsize=(10.5, 0.5 + 2.55 * rows), layout="constrained")
-        panels = figure.subplots(rows, COLUMNS, squeeze=False).flatten()
+        figure = Figure(figsize=(3.5 * columns, 0.5 + 2.55 * rows), layout="constrained")
+        panels = figure.subplots(rows, columns, squeeze=False).flatten()
         handles: dict[str, Artist] = {}
         for axes, result in zip(panels, results, strict=False):
             _panel(axes, result)
@@ -151,7 +152,7 @@ def draw(results: Sequence[Result]) -> Figure:
         figure.supxlabel("environment steps", fontsize=9)
         figure.supylabel("return", fontsize=9)
         lines, labels = list(handles.values()), list(handles)
-        figure.legend(lines, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=10)
+        figure.legend(lines, labels, loc="outside upper center", ncols=columns, frameon=False, fontsize=10)
     return figure
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.func import grad_and_value
 
 import rl_lab
-from rl_lab.algorithms import c51
+from rl_lab.algorithms import c51, rainbow
 from rl_lab.algorithms.c51 import Args
 from rl_lab.compiler import Compiled
 from rl_lab.distributions import Actions
@@ -53,8 +53,10 @@ def constant(rows: list[list[float]], atoms: list[float]) -> Params:
 # --- projection -------------------------------------------------------------------------------------------------------
 
 SPREAD = [0.1, 0.2, 0.4, 0.2, 0.1]
+PROJECT = pytest.mark.parametrize("project", [c51.project, rainbow.project], ids=["c51", "rainbow"])
 
 
+@PROJECT
 @pytest.mark.parametrize(
     ("probabilities", "reward", "discount", "expected"),
     [
@@ -73,22 +75,25 @@ SPREAD = [0.1, 0.2, 0.4, 0.2, 0.1]
         (SPREAD, -50, 0, [1, 0, 0, 0, 0]),
     ],
 )
-def test_projection_by_hand(probabilities: list[float], reward: float, discount: float, expected: list[float]) -> None:
+def test_projection_by_hand(
+    project: Any, probabilities: list[float], reward: float, discount: float, expected: list[float]
+) -> None:
     """Guards against mass lost at integral places or beyond the ends, and against neighbours exchanged."""
     atoms = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0])
     rows = (torch.tensor([x], dtype=torch.float32) for x in (probabilities, reward, discount))
-    found = c51.project(next(rows), atoms, *rows)
+    found = project(next(rows), atoms, *rows)
     assert found[0].tolist() == pytest.approx(expected, abs=1e-6)
 
 
-def test_projection_keeps_mass_and_mean() -> None:
+@PROJECT
+def test_projection_keeps_mass_and_mean(project: Any) -> None:
     """Guards against rounding at atoms that binary fractions miss (0.4 apart): rows sum to 1, nothing is negative, and
     the mean is r + discount * E[Z] where nothing is clipped."""
     random, atoms = generator(), torch.linspace(-10, 10, 51)
     probabilities = torch.rand(1000, 51, generator=random).softmax(1)
     rewards = 0.4 * torch.randint(-40, 41, (1000,), generator=random)  # mostly on an atom, some beyond the ends
     discounts = torch.where(torch.rand(1000, generator=random) < 0.5, 0.9, 0.0)
-    found = c51.project(probabilities, atoms, rewards, discounts)
+    found = project(probabilities, atoms, rewards, discounts)
     torch.testing.assert_close(found.sum(1), torch.ones(1000), rtol=0, atol=1e-5)
     assert found.min() >= 0
     inside = rewards.abs() + 10 * discounts <= 10

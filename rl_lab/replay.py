@@ -13,6 +13,7 @@ before it, its episode's first frame repeated where the episode is younger than 
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import shutil
@@ -50,52 +51,58 @@ def draw_uniform(shape: tuple[int, ...], generators: Sequence[torch.Generator]) 
 
 
 class SumTree:
-    """Weights (S, n) whose sums over blocks are kept, so that a leaf is found or changed in O(sqrt(n)) arithmetic.
+    """Weights of `size` leaves for each of S seeds, kept with the sums of their blocks, to draw leaves by weight.
 
-    A tree of two levels with sqrt(n) children each: a few calls on vectors, where a binary tree takes log2(n) of them.
+    Three levels with the cube root of `size` children each: a few calls on whole batches, where a binary tree takes
+    log2(size) of them.
     """
 
     def __init__(self, num_seeds: int, size: int, device: torch.device) -> None:
-        self.width = math.isqrt(size - 1) + 1
-        shape = (num_seeds, -(-size // self.width), self.width)
-        self.leaves = torch.zeros(shape, dtype=torch.float64, device=device)
-        self.sums = torch.zeros(shape[:2], dtype=torch.float64, device=device)
-        self._seeds = torch.arange(num_seeds, device=device).unsqueeze(1)
+        width = next(width for width in itertools.count(1) if width**3 >= size)
+        self.levels = [torch.zeros(num_seeds, width**k, width, dtype=torch.float64, device=device) for k in range(3)]
 
     def set(self, indices: Tensor, weights: Tensor) -> None:
         """Set leaves (S, k); of an index given twice, the weights must be equal."""
-        self.leaves.flatten(1).scatter_(1, indices, weights)
-        blocks = indices // self.width
-        self.sums.scatter_(1, blocks, self.leaves[self._seeds, blocks].sum(2))
+        for level in reversed(self.levels):
+            level.flatten(1).scatter_(1, indices, weights)
+            indices = indices // level.shape[2]
+            weights = _rows(level, indices).sum(2)
 
-    def get(self, indices: Tensor) -> Tensor:
-        """(S, k) weights."""
-        return self.leaves.flatten(1).gather(1, indices)
 
-    def find(self, points: Tensor) -> Tensor:
-        """(S, k) leaves on which `points`, uniform in [0, 1), fall when all weights lie side by side on that interval.
+def find(levels: Sequence[Tensor], points: Tensor) -> tuple[Tensor, Tensor]:
+    """Leaves (S, k) of a SumTree on which `points` (S, k) fall when all weights lie side by side on [0, 1).
 
-        A leaf of weight 0 is never found, also not by rounding.
-        """
-        block, rest = self._fall(self.sums.cumsum(1), points * self.sums.sum(1, keepdim=True))
-        inner = self.leaves[self._seeds, block].cumsum(2)
-        leaf, _ = self._fall(inner, rest.unsqueeze(2))
-        return block * self.width + leaf.squeeze(2)
+    A leaf of weight 0 is never found, also not by rounding; all weights must not be 0. Also returns each leaf's share
+    of all weights.
+    """
+    total = levels[0].sum((1, 2)).unsqueeze(1)
+    found, rest = torch.zeros_like(points, dtype=torch.int64), points * total
+    for level in levels:
+        weights = _rows(level, found)
+        ends = weights.cumsum(2)
+        # What rounding, here or above, puts beyond the last weight belongs to it.
+        rest = torch.minimum(rest.unsqueeze(2), torch.nextafter(ends[..., -1:], torch.zeros_like(ends[..., -1:])))
+        child = torch.searchsorted(ends, rest, right=True)
+        start = torch.where(child > 0, ends.gather(2, (child - 1).clamp(min=0)), 0.0)
+        found, rest = found * level.shape[2] + child.squeeze(2), (rest - start).squeeze(2)
+    return found, weights.gather(2, child).squeeze(2) / total
 
-    @staticmethod
-    def _fall(cumulated: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
-        """The interval each point falls into, and how far."""
-        total = cumulated[..., -1:]
-        points = torch.minimum(points, torch.nextafter(total, torch.zeros_like(total)))  # rounding may reach the total
-        found = torch.searchsorted(cumulated, points, right=True)
-        before = torch.where(found > 0, cumulated.gather(-1, (found - 1).clamp(min=0)), 0.0)
-        return found, points - before
+
+def _rows(x: Tensor, indices: Tensor) -> Tensor:
+    """Rows (S, k, ...) of each seed's own (S, n, ...)."""
+    seeds = torch.arange(len(x), device=x.device).unsqueeze(1) * x.shape[1]
+    return _take(x, seeds + indices)
+
+
+def _take(x: Tensor, indices: Tensor) -> Tensor:
+    """x.flatten(0, 1)[indices], which copies whole rows."""
+    return x.flatten(0, 1).index_select(0, indices.flatten()).view(*indices.shape, *x.shape[2:])
 
 
 class Replay:
     """A ring of transitions with the newest `capacity` of them to sample from.
 
-    n-step transitions are put together when sampled [Sutton 1988; Mnih et al. 2016, Eq. 1 of the n-step return]:
+    n-step transitions are put together when sampled [Sutton 1988; Hessel et al. 2018, section 2]:
 
         rewards = sum_{k < m} gamma^k r_{t+k},   next_obs = s_{t+m},   discounts = gamma^m * (1 - terminated)
 
@@ -134,40 +141,48 @@ class Replay:
         compile: bool = False,
     ) -> None:
         self.shape, self.device = (num_seeds, num_envs), torch.device(device)
-        self._width, self._seeds = num_seeds * num_envs, torch.arange(num_seeds, device=device).unsqueeze(1)
+        self._width = num_seeds * num_envs
         self.gamma, self.n_step, self.alpha, self.stack = gamma, n_step, alpha, stack
         self.capacity = capacity // num_envs  # in rows
         self.rows = self.capacity + max(stack - 1, 0) + spare
         if stack:  # next_obs is the next row's, but at the ends of episodes
             spec = {name: ((x[0][1:], x[1]) if name == "obs" else x) for name, x in spec.items() if name != "next_obs"}
         self.spec, self.folder = spec, folder
+        self.ends: dict[int, dict[int, Tensor]] = {}  # row -> place in it -> last frame of an episode that ended
         self._check_room(capacity)
         self._files: list[np.memmap[Any, Any]] = []
         self.columns = {name: self._allocate(name, shape, dtype) for name, (shape, dtype) in spec.items()}
-        self.ends: dict[int, dict[int, Tensor]] = {}  # row -> place in it -> last frame of an episode that ended
         self.written = 0  # rows
         self.tree = SumTree(num_seeds, self.rows * num_envs, self.device) if alpha else None
         self.max_priority = torch.ones(num_seeds, 1, dtype=torch.float64, device=self.device)
-        self._gather = Compiled(self._whole, ("replay", gamma, n_step), compile and not stack)
+        self._draw = Compiled(self._drawn, ("replay", self.shape, gamma, n_step, stack), compile)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all columns."""
-        return sum(self.rows * self._width * math.prod(shape) * dtype.itemsize for shape, dtype in self.spec.values())
+        """Bytes of all columns, and of the frames kept beside them."""
+        frames = sum(frame.nbytes for frames in self.ends.values() for frame in frames.values())
+        sizes = (math.prod(shape) * dtype.itemsize for shape, dtype in self.spec.values())
+        return self.rows * self._width * sum(sizes) + frames
 
     def _check_room(self, capacity: int) -> None:
+        need = self.nbytes
         if self.folder:
             room, where, way = shutil.disk_usage(self.folder).free, "on disk", ""
+            need -= sum(path.stat().st_size for path in self.folder.glob("replay.*"))  # of the run that is resumed
         elif self.device.type == "cuda":
             room, where, way = torch.cuda.mem_get_info(self.device)[0], "on the device", ", --device cpu"
         else:
-            room, where, way = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"), "", " or --replay-on-disk"
+            room, where, way = (
+                os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"),
+                "in memory",
+                " or --replay-on-disk",
+            )
             if (info := Path("/proc/meminfo")).exists():  # which counts what caches would give back
                 room = 1024 * int(info.read_text().partition("MemAvailable:")[2].split()[0])
-        if self.nbytes > room:
-            need, free = (f"{x / 1e9:.1f} GB" for x in (self.nbytes, room))
+        if need > room:
+            needed, free = (f"{x / 1e9:.1f} GB" for x in (need, room))
             raise ValueError(
-                f"--buffer-size {capacity} needs {need}, and {free} are free {where}; a smaller one{way} works"
+                f"--buffer-size {capacity} needs {needed}, {free} are free {where}; a smaller one{way} works"
             )
 
     def _allocate(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -212,12 +227,21 @@ class Replay:
                 self._keep_ends(rollout, first, count, head)
             self.written += count
             first += count
-        if self.tree:  # rows that leave, rows that are complete now, rows that wait
-            zero = torch.zeros_like(self.max_priority)
-            self._set_rows(self.written - self.capacity - num_steps, self.written - self.capacity, zero)
-            waiting = max(self.written - self._pending, 0)
-            self._set_rows(max(waiting - num_steps, 0), waiting, self.max_priority**self.alpha)
-            self._set_rows(waiting, self.written, zero)
+        if self.tree:
+            self._weigh(num_steps)
+
+    def _weigh(self, num_steps: int) -> None:
+        """Set what `num_steps` new rows change: the weights of those that leave, that wait, and that are complete."""
+        assert self.tree
+        num_seeds, num_envs = self.shape
+        oldest, complete = self.written - self.size, self.written - self._pending
+        left = max(oldest - num_steps, self.written - self.rows, 0)  # not those that are overwritten
+        changed = [*range(left, oldest), *range(max(complete - num_steps, oldest), self.written)]
+        rows = torch.tensor(changed, device=self.device)
+        leaves = (rows % self.rows).unsqueeze(1) * num_envs + torch.arange(num_envs, device=self.device)
+        live = ((rows >= oldest) & (rows < complete)).repeat_interleave(num_envs)
+        weights = live * self.max_priority**self.alpha
+        self.tree.set(leaves.flatten().expand(num_seeds, -1), weights)
 
     def _keep_ends(self, rollout: Batch, first: int, count: int, head: int) -> None:
         for row in range(head, head + count):
@@ -225,14 +249,6 @@ class Replay:
         ended = (rollout["terminated"] | rollout["truncated"])[first : first + count]
         for t, place in ended.nonzero().tolist():
             self.ends.setdefault(head + t, {})[place] = rollout["next_obs"][first + t, place, -1].clone()
-
-    def _set_rows(self, first: int, last: int, weight: Tensor) -> None:
-        """Set the weights (S, 1) of all transitions in rows `first` to `last`, counted since the start."""
-        assert self.tree
-        num_seeds, num_envs = self.shape
-        rows = torch.arange(first, last, device=self.device) % self.rows
-        leaves = (rows.unsqueeze(1) * num_envs + torch.arange(num_envs, device=self.device)).flatten()
-        self.tree.set(leaves.expand(num_seeds, -1), weight.expand(-1, len(leaves)))
 
     def sample(self, points: Tensor, beta: float = 1.0) -> Batch:
         """Put together a batch.
@@ -248,75 +264,78 @@ class Replay:
         """
         if not len(self):
             raise ValueError(f"nothing to sample: {self.size} steps were added, {self._pending + 1} are needed")
-        num_seeds, num_envs = self.shape
-        if self.tree:
-            batch_size = points.shape[1]
-            leaves = self.tree.find((torch.arange(batch_size, device=self.device) + points) / batch_size)
-            probabilities = self.tree.get(leaves) / self.tree.sums.sum(1, keepdim=True)
-            weights = (len(self) * probabilities) ** -beta
+        columns = {name: x for name, x in self.columns.items() if not (self.stack and name == "obs")}
+        window = torch.tensor([self.written - self.size, len(self)], device=self.device)
+        levels = self.tree.levels if self.tree else []
+        exponent = torch.tensor(-beta, dtype=torch.float64, device=self.device)
+        return self._with_frames(self._draw(columns, levels, points, window, exponent))
+
+    def _drawn(self, columns: Batch, levels: list[Tensor], points: Tensor, window: Tensor, exponent: Tensor) -> Batch:
+        (num_seeds, num_envs), batch_size = self.shape, points.shape[1]
+        (oldest, count), size = window, self.rows * num_envs
+        if levels:
+            ranges = (torch.arange(batch_size, device=points.device) + points) / batch_size
+            leaves, probabilities = find(levels, ranges)
+            weights = (count * probabilities) ** exponent
             more = {"leaves": leaves, "weights": (weights / weights.amax(1, keepdim=True)).float()}
         else:
-            oldest = (self.written - self.size) * num_envs
-            leaves, more = ((points * len(self)).long() + oldest) % (self.rows * num_envs), {}
-        if num_seeds > 1:  # from one seed's transitions to all of them
-            leaves = (leaves // num_envs * num_seeds + self._seeds) * num_envs + leaves % num_envs
-        return {**self.gather(leaves), **more}
+            leaves, more = ((points * count).long() + oldest * num_envs) % size, {}
+        # From one seed's transitions to all of them.
+        seeds = torch.arange(num_seeds, device=points.device).unsqueeze(1)
+        indices = (leaves // num_envs * num_seeds + seeds) * num_envs + leaves % num_envs
+        return {**self._whole(columns, indices), **more}
 
     def prioritize(self, leaves: Tensor, priorities: Tensor) -> None:
         """Set the priorities (S, batch), positive, of the `leaves` that were sampled just before."""
         assert self.tree
-        priorities = priorities.double()
+        # A run that diverges is stopped by its loss, when that is logged; until then there is something to sample.
+        priorities = priorities.double().nan_to_num(1.0, posinf=1e30)
         self.max_priority = torch.maximum(self.max_priority, priorities.amax(1, keepdim=True))
         self.tree.set(leaves, priorities**self.alpha)
 
     def gather(self, indices: Tensor) -> Batch:
         """The transitions at `indices` (S, batch)."""
-        if not self.stack:
-            batch, _ = self._gather(self.columns, indices)
-            return batch  # type: ignore[no-any-return]
-        rest = {name: column for name, column in self.columns.items() if name != "obs"}
-        batch, last = self._whole(rest, indices)
-        return {**batch, "obs": self._stacked(indices), "next_obs": self._successors(last)}
+        return self._with_frames(self._whole(self.columns, indices))
 
-    def _whole(self, columns: Batch, indices: Tensor) -> tuple[Batch, Tensor]:
-        """Transitions of n steps, and the index of the last step of each."""
-        width = columns["rewards"].shape[1]
-        flat = {name: column.flatten(0, 1) for name, column in columns.items()}
-        batch = {name: x[indices] for name, x in flat.items()}
+    def _whole(self, columns: Batch, indices: Tensor) -> Batch:
+        """Transitions of n steps; of stacked observations the frames' indices, and the `last` step's."""
+        size = self.rows * self._width
+        batch = {name: _take(x, indices) for name, x in columns.items() if not (self.stack and name == "obs")}
         last, discounts = indices, torch.full_like(batch["rewards"], self.gamma)
         for _ in range(self.n_step - 1):
             going = ~(batch["terminated"] | batch["truncated"])
-            last = torch.where(going, (last + width) % len(flat["rewards"]), last)
-            batch["rewards"] = batch["rewards"] + torch.where(going, discounts * flat["rewards"][last], 0.0)
+            last = torch.where(going, (last + self._width) % size, last)
+            batch["rewards"] = batch["rewards"] + torch.where(going, discounts * _take(columns["rewards"], last), 0.0)
             discounts = torch.where(going, discounts * self.gamma, discounts)
-            batch |= {name: flat[name][last] for name in ("terminated", "truncated")}
-        if "next_obs" in flat:
-            batch["next_obs"] = flat["next_obs"][last]
-        return {**batch, "discounts": discounts * ~batch["terminated"]}, last
+            batch |= {name: _take(columns[name], last) for name in ("terminated", "truncated")}
+        batch["discounts"] = discounts * ~batch["terminated"]
+        if self.stack:
+            newest = ((last + self._width) % size).unsqueeze(2)
+            successor = torch.cat([self._stack(columns, last)[..., 1:], newest], dim=2)
+            batch |= {"obs": self._stack(columns, indices), "next_obs": successor, "last": last}
+        elif self.n_step > 1:
+            batch["next_obs"] = _take(columns["next_obs"], last)
+        return batch
 
-    def _stacked(self, indices: Tensor) -> Tensor:
-        """(S, batch, stack, ...) frames up to a step, none from before its episode."""
-        frames = self.columns["obs"].flatten(0, 1)
-        stack = [frames[indices]]
+    def _stack(self, columns: Batch, indices: Tensor) -> Tensor:
+        """(S, batch, stack) indices of the frames up to a step, none from before its episode."""
+        steps = [indices]
         for _ in range(self.stack - 1):
-            before = (indices - self._width) % len(frames)
-            indices = torch.where(self._ended(before), indices, before)
-            stack.append(frames[indices])
-        return torch.stack(stack[::-1], dim=2)
+            before = (steps[-1] - self._width) % (self.rows * self._width)
+            ended = _take(columns["terminated"], before) | _take(columns["truncated"], before)
+            steps.append(torch.where(ended, steps[-1], before))
+        return torch.stack(steps[::-1], dim=2)
 
-    def _successors(self, indices: Tensor) -> Tensor:
-        """(S, batch, stack, ...) frames up to what a step led to."""
-        frames = self.columns["obs"].flatten(0, 1)
-        newest = frames[(indices + self._width) % len(frames)]
-        for seed, i in self._ended(indices).nonzero().tolist():
-            row, place = divmod(int(indices[seed, i]), self._width)
-            newest[seed, i] = self.ends[row][place]
-        return torch.cat([self._stacked(indices)[:, :, 1:], newest.unsqueeze(2)], dim=2)
-
-    def _ended(self, indices: Tensor) -> Tensor:
-        """(S, batch) bool, whether an episode ended with a step."""
-        terminated, truncated = (self.columns[name].flatten()[indices] for name in ("terminated", "truncated"))
-        return terminated | truncated
+    def _with_frames(self, batch: Batch) -> Batch:
+        """The frames for their indices; the last one of an episode's end is kept beside the columns."""
+        if not self.stack:
+            return batch
+        last, ended = batch.pop("last"), batch["terminated"] | batch["truncated"]
+        batch |= {name: _take(self.columns["obs"], batch[name]) for name in ("obs", "next_obs")}
+        for seed, i in ended.nonzero().tolist():
+            row, place = divmod(int(last[seed, i]), self._width)
+            batch["next_obs"][seed, i, -1] = self.ends[row][place]
+        return batch
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the columns that files keep, which are on disk when this returns."""
@@ -329,7 +348,7 @@ class Replay:
         if keys:
             last = [frame for frames in self.ends.values() for frame in frames.values()]
             state["ends"] = {"keys": torch.tensor(keys), "frames": torch.stack(last)}
-        return state | ({"leaves": self.tree.leaves, "sums": self.tree.sums} if self.tree else {})
+        return state | ({"tree": {str(k): level for k, level in enumerate(self.tree.levels)}} if self.tree else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()` of a replay made with the same arguments, in the same folder."""
@@ -341,4 +360,5 @@ class Replay:
             for (row, place), frame in zip(ends["keys"].tolist(), ends["frames"].to(self.device), strict=True):
                 self.ends.setdefault(row, {})[place] = frame
         if self.tree:
-            self.tree.leaves, self.tree.sums = state["leaves"].to(self.device), state["sums"].to(self.device)
+            for k, level in enumerate(self.tree.levels):
+                level.copy_(state["tree"][str(k)])

@@ -57,7 +57,7 @@ def critics(suffix: str = "") -> Params:
 
 def assert_digests(tensors: Params, expected: dict[str, list[float]], suffix: str = "") -> None:
     """Compare tensors under our names with digests under theirs."""
-    theirs = {}
+    theirs: Params = {}
     for name, x in tensors.items():
         network, *layer = name.split(".")
         if network == "critic":

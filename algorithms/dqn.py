@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import gymnasium as gym
 import torch
 from torch import Tensor
 from torch.func import grad_and_value, vmap
@@ -30,11 +31,11 @@ from rl_lab.cli import run
 from rl_lab.compiler import Compiled
 from rl_lab.distributions import Actions
 from rl_lab.envs import make
-from rl_lab.networks import Params, flat_size, init_uniform, mlp, stack
+from rl_lab.networks import Params, flat_size, init_nature_cnn, init_uniform, is_image, mlp, nature_cnn, stack
 from rl_lab.offpolicy import OffPolicyArgs
-from rl_lab.optim import AdamState, adam, init_adam
-from rl_lab.replay import Batch, Replay, draw_uniform, transitions
-from rl_lab.rollout import Collector, Inputs, concatenate, contiguous, on_device
+from rl_lab.optim import AdamState, adam, in_bf16, init_adam
+from rl_lab.replay import Batch, draw_uniform
+from rl_lab.rollout import Collector, Inputs, concatenate, contiguous, on_device, over_seeds
 from rl_lab.run import Run
 
 
@@ -45,7 +46,6 @@ class Args(OffPolicyArgs):
     env: str = "CartPole-v1"  # environment id of Gymnasium
     total_timesteps: int = 500_000  # env steps of one seed, over all its environments
     learning_rate: float = 2.5e-4  # of Adam
-    gamma: float = 0.99  # discount per env step
     tau: float = 1.0  # share of the parameters that the target network takes over, 1 for all
     target_network_frequency: int = 500  # env steps between updates of the target network
     start_e: float = 1.0  # epsilon at the start, the probability of a random action
@@ -57,23 +57,42 @@ class Args(OffPolicyArgs):
     prioritized: bool = False  # sample by the size of the last TD error
     priority_alpha: float = 0.6  # exponent of priorities
     priority_beta: float = 0.4  # exponent of importance weights at the start; 1 at the end
+    bf16: bool = False  # compute the network of images in bfloat16, but for its heads
 
     def __post_init__(self) -> None:
         super().__post_init__()
         synced = self.target_network_frequency % self.steps_per_cycle == 0
         self.require("target_network_frequency", synced, f"a multiple of {self.steps_per_cycle}, the steps of a cycle")
+        first_update = (self.learning_starts // self.steps_per_cycle + 1) * self.steps_per_cycle
+        rows = min(first_update, self.buffer_size) // self.num_envs
+        self.require(
+            "n_step", self.n_step <= rows, f"at most {rows}, an environment's steps in the first batch's replay"
+        )
 
 
-def init_params(obs_size: int, actions: Actions, dueling: bool, generator: torch.Generator) -> Params:
-    """Two hidden layers of 120 and 84 units and a linear head, torch's default initialisation; as CleanRL."""
-    params = init_uniform("trunk", (obs_size, 120, 84), generator)
-    params |= init_uniform("q", (84, actions.num_outputs), generator)
-    return params | (init_uniform("value", (84, 1), generator) if dueling else {})
+IMAGES = Args(
+    env="BreakoutNoFrameskip-v4", total_timesteps=10_000_000, learning_rate=1e-4, buffer_size=1_000_000,
+    target_network_frequency=1_000, batch_size=32, end_e=0.01, exploration_fraction=0.1, learning_starts=80_000,
+    train_frequency=4, bf16=True, checkpoint_every=1_000_000,
+)  # fmt: skip
+
+
+def init_params(space: gym.Space[Any], actions: Actions, dueling: bool, generator: torch.Generator) -> Params:
+    """Layers of 120 and 84 units, or the Nature CNN, and linear heads; torch's default initialisation, as CleanRL."""
+    if is_image(space):
+        params, features = init_nature_cnn("trunk", space.shape[0], generator, orthogonal=False), 512
+    else:
+        params, features = init_uniform("trunk", (flat_size(space), 120, 84), generator), 84
+    params |= init_uniform("q", (features, actions.num_outputs), generator)
+    return params | (init_uniform("value", (features, 1), generator) if dueling else {})
 
 
 def q_values(params: Params, obs: Tensor) -> Tensor:
     """Q(s, .): (B, *obs) -> (B, A)."""
-    hidden = mlp(params, "trunk", obs.flatten(1).float(), 2, torch.relu).relu()
+    if obs.dtype == torch.uint8:
+        hidden = nature_cnn(params, "trunk", obs)
+    else:
+        hidden = mlp(params, "trunk", obs.flatten(1).float(), 2, torch.relu).relu()
     q = mlp(params, "q", hidden, 1)
     if "value.0.weight" in params:  # dueling [Wang et al. 2016, Eq. 9]
         q = mlp(params, "value", hidden, 1) + q - q.mean(1, keepdim=True)
@@ -116,6 +135,7 @@ def loss(params: Params, target: Params, batch: Batch, args: Args) -> tuple[Tens
     Returns:
         () loss, and td_loss (), q_values () to log under CleanRL's names, td_errors (B,).
     """
+    params, target = (in_bf16(p, "trunk", args.bf16) for p in (params, target))
     wanted = targets(params, target, batch, args.double).detach()
     taken = q_values(params, batch["obs"]).gather(1, batch["actions"].unsqueeze(1)).squeeze(1)
     assert taken.shape == wanted.shape == batch["rewards"].shape
@@ -138,24 +158,19 @@ def update(
 
 def train(args: Args) -> Run:
     """Train `args.num_seeds` agents; everything is in the run folders afterwards."""
-    where = (args.torch_device, args.backend, args.env_threads)
-    env = make(args.env, args.seeds, args.num_envs, *where)
-    actions, obs_size, generators = Actions.of(env.action_space), flat_size(env.observation_space), args.generators(0)
+    env = make(args.env, args.seeds, args.num_envs, *args.make_options)
+    actions, images, generators = Actions.of(env.action_space), is_image(env.observation_space), args.generators(0)
+    args.require("bf16", images or not args.bf16, "off for vectors, whose small networks are faster in float32")
     if actions.low or actions.shape:
         raise ValueError(f"--env {args.env}: DQN needs one Discrete action, not {env.action_space}; rl_lab.sac has Box")
-    params = stack([init_params(obs_size, actions, args.dueling, g) for g in generators])
+    params = stack([init_params(env.observation_space, actions, args.dueling, g) for g in generators])
     target, opt = contiguous(params), contiguous(vmap(init_adam)(params))
     key = ("dqn", args.key, actions)
     collector = Collector(env, act, None, generators, key, args.compile)
-    alpha = args.priority_alpha if args.prioritized else 0.0
-    replay = Replay(
-        transitions(env), args.num_seeds, args.num_envs, args.buffer_size, args.gamma, args.n_step, alpha,
-        device=env.device, compile=args.compile,
-    )  # fmt: skip
-    learn = vmap(partial(update, args=args), in_dims=(0, 0, 0, 0, None, None))
-    learner = Compiled(learn, ("learn", *key), args.compile)
-    learning_rate = torch.tensor(args.learning_rate, device=env.device)
-    shares = torch.tensor([0.0, args.tau], device=env.device)
+    replay = args.replay(env, args.n_step, args.priority_alpha if args.prioritized else 0.0)
+    learner = Compiled(over_seeds(partial(update, args=args), images), ("learn", *key), args.compile)
+    learning_rate = torch.full((args.num_seeds,), args.learning_rate, device=env.device)
+    shares = torch.tensor([[0.0], [args.tau]], device=env.device).repeat(1, args.num_seeds)
 
     def state() -> dict[str, Any]:
         agents = {"params": params, "target": target, "opt": opt}
@@ -176,20 +191,22 @@ def train(args: Args) -> Run:
         noise = torch.cat([draw_noise(actions, shape, g, epsilon) for g in generators], dim=1)
         points = iter(draw_uniform((args.log_every // args.train_frequency, args.batch_size), generators))
         for choices in noise.split(args.rows_per_cycle):
-            rollouts.append(collector.collect(params, choices))
-            replay.add(rollouts[-1])
+            rollout = collector.collect(in_bf16(params, "trunk", args.bf16), choices)
+            replay.add(rollout)
+            rollouts.append({name: x for name, x in rollout.items() if x.dtype != torch.uint8})  # images are large
             env_step += args.steps_per_cycle
-            for _ in range(args.updates_per_cycle if env_step > args.learning_starts else 0):
+            synced = env_step % args.target_network_frequency == 0
+            for left in reversed(range(args.updates_per_cycle if env_step > args.learning_starts else 0)):
                 beta = args.priority_beta + (1 - args.priority_beta) * env_step / args.total_timesteps
                 batch = replay.sample(next(points), beta)
-                share = shares[int(env_step % args.target_network_frequency == 0)]
+                share = shares[int(synced and left == 0)]  # once, after the last update
                 params, target, opt, metrics = learner(params, target, opt, batch, learning_rate, share)
                 td_errors = metrics.pop("td_errors")
                 if args.prioritized:
                     replay.prioritize(batch["leaves"], td_errors.abs() + 1e-6)
         run.log(concatenate(rollouts), {f"losses/{name}": x for name, x in metrics.items()})
         if run.evaluation_due:
-            test_env = make(args.env, args.evaluation_seeds, 10, *where)
+            test_env = make(args.env, args.evaluation_seeds, 10, *args.make_options)
             run.evaluate(partial(policy, noise=None, actions=actions), params, {}, test_env)
     run.finish(params, {})
     return run
@@ -202,7 +219,8 @@ def policy(params: Params, normalizer: Any, inputs: Inputs, noise: Tensor | None
 
 def defaults(env_id: str) -> Args:
     """CleanRL's hyper-parameters for `env_id`."""
-    return replace(Args(), env=env_id)
+    images = is_image(make(env_id, seeds=(0,), num_envs=1).observation_space)
+    return replace(IMAGES if images else Args(), env=env_id)
 
 
 def main() -> None:

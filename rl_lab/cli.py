@@ -199,7 +199,9 @@ def parse(argv: Sequence[str], args_type: type[RunArgs], defaults: Callable[[str
     fields = {field.name for field in dataclasses.fields(args_type)} - {"resume"}
     if config.get("args", {}).keys() != fields:
         raise ValueError(f"--resume {folder}: a run of {config.get('algo')} with other flags than this command's")
-    saved = args_type(**config["args"] | {"runs_dir": Path(config["args"]["runs_dir"])})
+    paths = {f.name for f in dataclasses.fields(args_type) if "Path" in str(f.type)}
+    given: Any = {name: Path(x) if name in paths and x else x for name, x in config["args"].items()}
+    saved = args_type(**given)
     args = _parse(argv, args_type, saved)
     free = {"checkpoint_every"}
     if args.total_timesteps > saved.total_timesteps and not saved.annealed:

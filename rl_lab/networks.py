@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rl_lab.compiler import scan
+
 Params = dict[str, Tensor]
 
 
@@ -73,17 +75,26 @@ def is_image(space: gym.Space[Any]) -> TypeGuard[gym.spaces.Box]:
 NATURE_CNN = ((32, 8, 4), (64, 4, 2), (64, 3, 1))  # filters, kernel and stride of its convolutions
 
 
-def init_nature_cnn(name: str, channels: int, generator: torch.Generator) -> Params:
-    """Orthogonal weights with gain sqrt(2) and zero biases; layers 0 to 2 are convolutions, layer 3 is linear."""
+def init_nature_cnn(name: str, channels: int, generator: torch.Generator, orthogonal: bool = True) -> Params:
+    """Layers 0 to 2 are convolutions, layer 3 is linear.
+
+    Args:
+        orthogonal: orthogonal weights with gain sqrt(2) and zero biases, else torch's default as in `init_uniform`.
+    """
     shapes, inputs = [], channels
     for filters, kernel, _ in NATURE_CNN:
         shapes.append((filters, inputs, kernel, kernel))
         inputs = filters
-    params = {}
+    params: Params = {}
     for layer, shape in enumerate([*shapes, (512, inputs * 7 * 7)]):
-        weight = torch.empty(shape, device=generator.device)
-        params[f"{name}.{layer}.weight"] = torch.nn.init.orthogonal_(weight, 2**0.5, generator=generator)
-        params[f"{name}.{layer}.bias"] = torch.zeros(shape[0], device=generator.device)
+        weight, bias = torch.empty(shape, device=generator.device), torch.zeros(shape[0], device=generator.device)
+        if orthogonal:
+            torch.nn.init.orthogonal_(weight, 2**0.5, generator=generator)
+        else:
+            bound = weight[0].numel() ** -0.5
+            weight.uniform_(-bound, bound, generator=generator)
+            bias.uniform_(-bound, bound, generator=generator)
+        params |= {f"{name}.{layer}.weight": weight, f"{name}.{layer}.bias": bias}
     return params
 
 
@@ -107,3 +118,115 @@ def unpack(vector: Tensor, layout: dict[str, torch.Size]) -> Params:
     """The views of a packed vector (P,), by name and shape."""
     parts = vector.split([shape.numel() for shape in layout.values()])
     return {name: part.view(shape) for (name, shape), part in zip(layout.items(), parts, strict=True)}
+
+
+LSTMState = tuple[Tensor, Tensor]  # hidden and cell, (B, H) each
+
+
+def init_lstm(name: str, inputs: int, size: int, generator: torch.Generator) -> Params:
+    """One layer of `size` cells: orthogonal weights with gain 1 for the gates together, and zero biases.
+
+    Detail 32 of PPO, after Huang et al. 2022. Names, shapes and order of the gates are torch.nn.LSTM's.
+    """
+    params = {}
+    for part, width in (("ih", inputs), ("hh", size)):
+        weight = torch.empty(4 * size, width, device=generator.device)
+        params[f"{name}.weight_{part}"] = torch.nn.init.orthogonal_(weight, generator=generator)
+        params[f"{name}.bias_{part}"] = torch.zeros(4 * size, device=generator.device)
+    return params
+
+
+def lstm(params: Params, name: str, x: Tensor, state: LSTMState, keep: Tensor) -> LSTMState:
+    """Long short-term memory over sequences (Hochreiter and Schmidhuber 1997, with forget gates: Gers et al. 2000).
+
+    Gradients flow to the parameters and to `x` through the hidden states, not through cells nor to `state`.
+
+    Args:
+        x: (T, B, in)
+        state: before the first step.
+        keep: (T, B) 1.0, or 0.0 where the state is set to zero before the step (detail 34).
+    Returns:
+        hidden and cell states after each step, (T, B, H) each.
+    """
+    inputs = F.linear(x, params[f"{name}.weight_ih"], params[f"{name}.bias_ih"] + params[f"{name}.bias_hh"])
+    weight = params[f"{name}.weight_hh"]
+    hidden, cell, *_ = _Recurrence.apply(inputs, weight, keep.unsqueeze(-1), *state)  # type: ignore[no-untyped-call]
+    return hidden, cell
+
+
+def lstm_step(params: Params, name: str, x: Tensor, state: LSTMState) -> LSTMState:
+    """One step of `lstm`: (B, in), and hidden and cell (B, H), to the new ones."""
+    z = F.linear(x, params[f"{name}.weight_ih"], params[f"{name}.bias_ih"] + params[f"{name}.bias_hh"])
+    return _gates(z + state[0] @ params[f"{name}.weight_hh"].mT, state[1])
+
+
+def _gates(z: Tensor, cell: Tensor) -> LSTMState:
+    """(..., 4 H) sums at the gates and (..., H) cells to new hidden and cell states."""
+    i, f, g, o = z.chunk(4, -1)
+    cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
+    return o.sigmoid() * cell.tanh(), cell
+
+
+class _Recurrence(torch.autograd.Function):
+    """The loop over time, and in `_Reverse` its backward pass: torch differentiates no loop that it has traced.
+
+    Both take any axes between time and batch, which is how `vmap` adds one.
+    """
+
+    @staticmethod
+    def forward(inputs: Tensor, weight: Tensor, keep: Tensor, hidden: Tensor, cell: Tensor) -> Any:
+        def step(carry: LSTMState, x: tuple[Tensor, Tensor], weight: Tensor) -> tuple[LSTMState, tuple[Tensor, ...]]:
+            hidden, cell = carry[0] * x[1], carry[1] * x[1]
+            new = _gates(x[0] + hidden @ weight.mT, cell)
+            return new, (*new, hidden, cell)
+
+        return scan(step, (hidden, cell), (inputs, keep), (weight,))[1]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*inputs[:3], *output[2:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        z_grads, weight_grads = _Reverse.apply(grads[0], *ctx.saved_tensors)  # type: ignore[no-untyped-call]
+        return z_grads, weight_grads, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Tensor) -> Any:
+        args = _batched(info, in_dims, args, (1, 0, 1, 0, 0))
+        return _Recurrence.apply(*args), (1, 1, 1, 1)  # type: ignore[no-untyped-call]
+
+
+class _Reverse(torch.autograd.Function):
+    @staticmethod
+    def forward(grads: Tensor, inputs: Tensor, weight: Tensor, keep: Tensor, hidden: Tensor, cell: Tensor) -> Any:
+        def step(carry: LSTMState, x: tuple[Tensor, ...], weight: Tensor) -> tuple[LSTMState, Tensor]:
+            grad, z, cell, keep = x
+            vjp = torch.func.vjp(_gates, z, cell)[1]
+            z_grad, cell_grad = vjp((carry[0] + grad, carry[1]))
+            return (keep * (z_grad @ weight), keep * cell_grad), z_grad
+
+        xs = tuple(x.flip(0) for x in (grads, inputs + hidden @ weight.mT, cell, keep))
+        zeros = torch.zeros_like(cell[0])
+        _, z_grads = scan(step, (zeros, zeros.clone()), xs, (weight,))
+        z_grads = z_grads.flip(0)
+        return z_grads, torch.einsum("t...bg,t...bh->...gh", z_grads, hidden)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.mark_non_differentiable(*output)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Tensor) -> Any:
+        args = _batched(info, in_dims, args, (1, 1, 0, 1, 1, 1))
+        return _Reverse.apply(*args), (1, 0)  # type: ignore[no-untyped-call]
+
+
+def _batched(info: Any, in_dims: Any, args: tuple[Tensor, ...], out_dims: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """Every argument of a `vmap` rule with its new axis at `out_dims`."""
+    expanded = (
+        x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+        for x, dim in zip(args, in_dims, strict=True)
+    )
+    return tuple(x.movedim(0, out).contiguous() for x, out in zip(expanded, out_dims, strict=True))

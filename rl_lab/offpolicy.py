@@ -1,11 +1,15 @@
-"""What off-policy training commands share: their flags, and how env steps and gradient steps take turns."""
+"""What off-policy training commands share: their flags, their replay, how env steps and gradient steps take turns."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 from rl_lab.cli import RunArgs
+from rl_lab.networks import is_image
+from rl_lab.replay import Replay, transitions
+from rl_lab.vector import VectorEnv
 
 
 @dataclass(frozen=True)
@@ -18,8 +22,12 @@ class OffPolicyArgs(RunArgs):
 
     num_envs: int = 1
     """environments of one seed"""
+    gamma: float = 0.99
+    """discount per env step"""
     buffer_size: int = 10_000
     """transitions of one seed that the replay holds"""
+    replay_folder: Path | None = None
+    """keep the replay in files of this folder, for what memory does not hold; they are the run's, and stay with it"""
     batch_size: int = 128
     """transitions of a gradient step"""
     learning_starts: int = 10_000
@@ -40,6 +48,8 @@ class OffPolicyArgs(RunArgs):
         self.require("total_timesteps", self.num_iterations > 0, f"--log-every {self.log_every} or more")
         starts = self.learning_starts < self.total_timesteps
         self.require("learning_starts", starts, f"below --total-timesteps {self.total_timesteps}")
+        if self.replay_folder:
+            self.require("checkpoint_every", self.checkpoint_every > 0, "above 0 with --replay-folder")
         fits = self.buffer_size % self.num_envs == 0
         self.require("buffer_size", fits, f"a multiple of --num-envs {self.num_envs}")
 
@@ -61,3 +71,25 @@ class OffPolicyArgs(RunArgs):
     @property
     def num_iterations(self) -> int:
         return self.total_timesteps // self.log_every
+
+    def replay(self, env: VectorEnv, n_step: int = 1, alpha: float = 0.0) -> Replay:
+        """The replay for `env`: images are kept frame by frame, files survive a kill between two checkpoints.
+
+        Raises:
+            ValueError: if it does not fit, or --replay-folder has files of another run, or none of the resumed one's.
+        """
+        if self.replay_folder:
+            try:
+                self.replay_folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ValueError(f"--replay-folder {self.replay_folder}: {error}") from None
+            if any(self.replay_folder.glob("replay.*")) != (self.resume is not None):
+                found = "has none of the run's files" if self.resume else "has files of another run"
+                raise ValueError(f"--replay-folder {self.replay_folder} {found}; name the right one")
+        space = env.observation_space
+        stack = space.shape[0] if is_image(space) else 0
+        spare = (self.checkpoint_every + self.log_every) // self.num_envs + 1 if self.replay_folder else 0
+        return Replay(
+            transitions(env), self.num_seeds, self.num_envs, self.buffer_size, self.gamma, n_step, alpha, stack,
+            env.device, self.replay_folder, spare, self.compile,
+        )  # fmt: skip

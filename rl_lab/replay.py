@@ -175,7 +175,7 @@ class Replay:
             room, where, way = (
                 os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"),
                 "in memory",
-                " or --replay-on-disk",
+                " or --replay-folder",
             )
             if (info := Path("/proc/meminfo")).exists():  # which counts what caches would give back
                 room = 1024 * int(info.read_text().partition("MemAvailable:")[2].split()[0])
@@ -191,9 +191,12 @@ class Replay:
             column = torch.zeros(shape, dtype=dtype, device=self.device)
         else:
             path, kind = self.folder / f"replay.{name}", torch.empty(0, dtype=dtype).numpy().dtype
+            size = math.prod(shape) * dtype.itemsize
             if fresh := not path.exists():
                 with open(path, "wb") as file:
-                    os.posix_fallocate(file.fileno(), 0, math.prod(shape) * dtype.itemsize)  # a full disk shows here
+                    os.posix_fallocate(file.fileno(), 0, size)  # a full disk shows here
+            if path.stat().st_size != size:
+                raise ValueError(f"{path} has another size: keep --buffer-size and --checkpoint-every as they were")
             self._files.append(np.memmap(path, kind, "r+", shape=shape))
             column = torch.from_numpy(self._files[-1])
         if fresh and name == "terminated":

@@ -10,6 +10,7 @@ import importlib.util
 import json
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -38,7 +39,7 @@ def assert_digests(tensors: Params, expected: dict[str, list[float]]) -> None:
 def test_each_update_equals_cleanrls() -> None:
     """Guards loss, gradient, Adam and target network: their values, their order, and what they are applied to."""
     args = dqn.Args(**peer.FLAGS)
-    params = dqn.init_params(4, Actions((2,), ()), args.dueling, torch.Generator())
+    params = dqn.init_params(gym.spaces.Box(-1, 1, (4,)), Actions((2,), ()), args.dueling, torch.Generator())
     params = {name: torch.from_numpy(peer.initial(name, p.shape)) for name, p in params.items()}
     target, opt = params, init_adam(params)
     for given, expected in zip(peer.batches(), NUMBERS["updates"], strict=True):

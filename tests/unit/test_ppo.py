@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -473,6 +474,41 @@ def test_defaults_follow_the_action_space() -> None:
     assert (box.learning_rate, box.ent_coef, box.normalize, box.total_timesteps) == (3e-4, 0.0, True, 1_000_000)
     assert (discrete.env, discrete.num_envs, discrete.num_steps, discrete.num_minibatches) == ("Acrobot-v1", 4, 128, 4)
     assert (discrete.learning_rate, discrete.ent_coef, discrete.normalize) == (2.5e-4, 0.01, False)
+
+
+def test_defaults_of_images() -> None:
+    """Guards against the defaults of vectors on Atari: CleanRL's ppo_atari.py has 8 environments and clips at 0.1."""
+    pytest.importorskip("ale_py", reason="Atari needs ale_py")
+    images = ppo.defaults("PongNoFrameskip-v4")
+    assert (images.env, images.num_envs, images.num_steps, images.clip_coef) == ("PongNoFrameskip-v4", 8, 128, 0.1)
+    assert (images.total_timesteps, images.learning_rate, images.ent_coef) == (10_000_000, 2.5e-4, 0.01)
+    assert (images.bf16, images.normalize) == (True, False)
+
+
+def test_flags_that_do_not_fit_the_observations() -> None:
+    """Guards against --bf16 that changes nothing, and against images that are normalised and then scaled."""
+    with pytest.raises(ValueError, match="--bf16 True must be off for vectors"):
+        ppo.train(replace(SMALL, bf16=True))
+    pytest.importorskip("ale_py", reason="Atari needs ale_py")
+    with pytest.raises(ValueError, match="--normalize True must be off for images"):
+        ppo.train(replace(SMALL, env="PongNoFrameskip-v4", normalize=True))
+
+
+def test_whole_games_are_logged(trained: Any, tmp_path: Path) -> None:
+    """Guards against lives that are logged as games, on Breakout, where a blind game of five lives lasts 110 steps."""
+    pytest.importorskip("ale_py", reason="Atari needs ale_py")
+    flags = {"total_timesteps": 320, "num_envs": 2, "num_steps": 160, "num_minibatches": 8, "update_epochs": 1}
+    args = replace(SMALL, env="BreakoutNoFrameskip-v4", bf16=True, **flags)
+    state, [(rollout, metrics)] = trained(args)
+    assert (rollout["obs"].dtype, rollout["obs"].shape) == (torch.uint8, (160, 2, 4, 84, 84))
+    assert rollout["terminated"].sum() >= 5 * rollout["game_over"].sum() > 0
+    assert all(p.dtype == torch.float32 for p in state["params"].values())
+    assert all(x.isfinite() for x in metrics.values())
+    (path,) = tmp_path.rglob("episodes.csv.gz")
+    rows = [line.split(",") for line in gzip.decompress(path.read_bytes()).decode().splitlines()[1:]]
+    times, envs = rollout["game_over"].nonzero(as_tuple=True)
+    assert [int(row[0]) for row in rows] == (2 * (times + 1)).tolist()
+    assert [float(row[1]) for row in rows] == rollout["episode_returns"][times, envs].tolist()
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,10 @@
     python -m benchmarks.envs --envs CartPole-v1 HalfCheetah-v4 --num-envs 1 8 64
 
 Random actions drawn beforehand, episodes reset where they end, no policy and no logging. Classic control runs here as a
-rollout runs it, 128 steps in one compiled graph; MuJoCo's tasks are stepped from Python on one thread. Of Gymnasium's
-SyncVectorEnv and, where it has one (CartPole-v1), its own vector implementation, the faster one counts.
+rollout runs it, 128 steps in one compiled graph; MuJoCo's tasks and Atari are stepped from Python on one thread. Of
+Gymnasium's SyncVectorEnv and, where it has one (CartPole-v1), its own vector implementation, the faster one counts. For
+Atari (`--envs BreakoutNoFrameskip-v4`) it is ale_py's own vector environment, on one thread: it does less, as it
+makes its images grey before it resizes them, and shows other frames than CleanRL's wrappers.
 """
 
 from __future__ import annotations
@@ -63,8 +65,13 @@ def native(env_id: str, num_envs: int, actions: Tensor) -> Callable[[], object]:
 
 
 def original(env_id: str, num_envs: int, actions: Tensor, mode: str) -> Callable[[], object]:
-    """The same of Gymnasium's environments, vectorised by its `mode`."""
-    env = gym.make_vec(env_id, num_envs, mode)
+    """The same of Gymnasium's environments, vectorised by its `mode`; of Atari's, ale_py's."""
+    if env_id.endswith("NoFrameskip-v4"):
+        from ale_py import AtariVectorEnv
+
+        env = AtariVectorEnv(gym.spec(env_id).kwargs["game"], num_envs, num_threads=1, episodic_life=True)
+    else:
+        env = gym.make_vec(env_id, num_envs, mode)
     env.reset(seed=0)
     rows = list(actions.numpy())
     return lambda: [env.step(row) for row in rows]

@@ -12,6 +12,7 @@ keep it as private as the checkout.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -29,8 +30,8 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 Function = Callable[..., Any]
 
 
-def scan(step: Function, carry: Any, xs: Any) -> tuple[Any, Any]:
-    """Loop over the first axis of `xs`: `carry, y = step(carry, x)`.
+def scan(step: Function, carry: Any, xs: Any, constants: tuple[Any, ...] = ()) -> tuple[Any, Any]:
+    """Loop over the first axis of `xs`: `carry, y = step(carry, x, *constants)`.
 
     One loop inside the graph where a compiler traces it, a Python loop elsewhere; both are the same mathematics.
 
@@ -38,18 +39,42 @@ def scan(step: Function, carry: Any, xs: Any) -> tuple[Any, Any]:
         step: pure; returns a carry of the same structure, shapes and dtypes, and any tree of tensors.
         carry: tree of tensors.
         xs: tree of tensors with equal first axis T >= 1.
+        constants: trees of tensors. A loop within a loop must be given all that its `step` uses, and so must the outer
+            one; else `step` may close over them.
     Returns:
         the last carry, and the tree of ys stacked along a new first axis T.
     """
     if get_proxy_mode() is not None:
         from torch._higher_order_ops.scan import scan as traced_scan
 
+        if constants:
+            return _nested_scan(step, carry, xs, constants)
         return traced_scan(lambda c, x: _unaliased(*step(c, x)), carry, xs)
     ys = []
     for t in range(pytree.tree_leaves(xs)[0].shape[0]):
-        carry, y = step(carry, pytree.tree_map(lambda x, t=t: x[t], xs))
+        carry, y = step(carry, pytree.tree_map(lambda x, t=t: x[t], xs), *constants)
         ys.append(y)
     return carry, pytree.tree_map(lambda *y: torch.stack(y), *ys)
+
+
+def _nested_scan(step: Function, carry: Any, xs: Any, constants: tuple[Any, ...]) -> tuple[Any, Any]:
+    """As torch's `scan`, without Dynamo, which finds what a body closes over but fails at a loop inside a gradient."""
+    from torch._higher_order_ops.scan import scan_op
+
+    leaves, treespecs = zip(*map(pytree.tree_flatten, (carry, xs, constants)), strict=True)
+    sizes, outspec = list(map(len, leaves)), list[pytree.TreeSpec]()
+
+    def flat(*args: Tensor) -> list[Tensor]:
+        ends = list(itertools.accumulate(sizes))
+        parts = [args[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+        c, x, rest = (pytree.tree_unflatten(part, spec) for part, spec in zip(parts, treespecs, strict=True))
+        new, y = step(c, x, *rest)
+        outspec[:] = [pytree.tree_structure(y)]
+        return [x.clone(memory_format=torch.contiguous_format) for x in pytree.tree_leaves((new, y))]
+
+    outputs = scan_op(flat, *leaves)
+    carry, ys = outputs[: sizes[0]], outputs[sizes[0] :]
+    return pytree.tree_unflatten(carry, treespecs[0]), pytree.tree_unflatten(ys, outspec[0])
 
 
 def _unaliased(carry: Any, y: Any) -> tuple[Any, Any]:
@@ -169,8 +194,11 @@ def _compile(function: Function, leaves: list[Tensor], treespec: pytree.TreeSpec
         leaves = [x.clone() for x in leaves]  # two arguments may be one tensor today and two tomorrow
         graph = make_fx(flat, tracing_mode="fake")(*leaves)
         program = torch.export.export(graph, tuple(leaves))
+        # torch 2.13 declares a buffer twice in C++ where it reuses what came out of a loop, once loops are nested.
+        reuse = not any("." in name for name, _ in graph.named_modules())
+        configs = {"cpp.use_decompose_tanh": True, "allow_buffer_reuse": reuse, "inplace_buffers": reuse}
         torch._inductor.aoti_compile_and_package(
-            program, package_path=str(work / "graph.pt2"), inductor_configs={"cpp.use_decompose_tanh": True}
+            program, package_path=str(work / "graph.pt2"), inductor_configs=configs
         )
     (work / "tree.json").write_text(json.dumps(pytree.treespec_dumps(outspec[-1])))
     try:

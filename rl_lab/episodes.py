@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +15,7 @@ Inputs = dict[str, Tensor]
 
 
 def evaluate(
-    act: Callable[[Inputs], Tensor], env: VectorEnv, episodes: int
+    act: Callable[[Inputs], Any], env: VectorEnv, episodes: int, memory: Inputs | None = None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Run the same number of episodes in every environment.
 
@@ -25,6 +26,8 @@ def evaluate(
         act: {"obs": (B, *obs)} and, where the environment has one, {"mask": (B, A)}, to actions for `env.step`.
         env: B environments, reset here; every episode must end sometime.
         episodes: of each environment, at least 1; whole games where the environment's episodes are lives.
+        memory: a recurrent policy's at the start, {name: (B, H)}: `act` gets it with its inputs and returns actions and
+            the new one, which is set to zero where an episode ended.
     Returns:
         (B, episodes) returns, and lengths in env steps.
     """
@@ -34,8 +37,13 @@ def evaluate(
     obs = env.reset()
     while (ended < episodes).any():
         mask = env.action_mask
-        step = env.step(act({"obs": obs} if mask is None else {"obs": obs, "mask": mask}))
+        inputs = {"obs": obs} if mask is None else {"obs": obs, "mask": mask}
+        actions, memory = act(inputs | memory) if memory else (act(inputs), None)
+        step = env.step(actions)
         obs = step.obs
+        if memory:
+            done_rows = (step.terminated | step.truncated).unsqueeze(1)
+            memory = {name: x.masked_fill(done_rows, 0.0) for name, x in memory.items()}
         over = env.game_over
         over = step.terminated | step.truncated if over is None else over
         (done,) = (over.cpu().numpy() & (ended < episodes)).nonzero()

@@ -59,6 +59,7 @@ class Policy:
         source: where the parameters come from.
         observation_space, action_space: of one environment.
         generator: which sampled actions are drawn with; seed it to repeat them.
+        memory: of a recurrent policy, {name: (B, H)}, from call to call; else empty. `reset` where episodes begin.
     """
 
     def __init__(self, config: dict[str, Any], params: dict[str, Tensor], normalizer: Any, source: str) -> None:
@@ -70,6 +71,12 @@ class Policy:
         env.close()
         self._actions = self._algorithm.Actions.of(self.action_space)
         self.generator = torch.Generator().manual_seed(evaluation_seeds([self.seed], (0, 1))[0])
+        self.reset()
+
+    def reset(self, rows: int = 1) -> None:
+        """Forget what a recurrent policy remembers: its next calls play new episodes, `rows` side by side."""
+        recurrent = hasattr(self._algorithm, "init_memory")
+        self.memory: dict[str, Tensor] = self._algorithm.init_memory(self.params, rows) if recurrent else {}
 
     def __call__(self, obs: Any, deterministic: bool = True, mask: Any = None) -> Any:
         """Act.
@@ -81,7 +88,8 @@ class Policy:
         Returns:
             actions for the environment, (*shape) or (B, *shape): a tensor on its device for a tensor, else an array.
         Raises:
-            ValueError: if the observations do not have the environment's shape.
+            ValueError: if the observations do not have the environment's shape, or a recurrent policy was reset for
+                another number of them.
         """
         x, shape = torch.as_tensor(obs).cpu(), self.observation_space.shape or ()
         if x.ndim > len(shape) + 1 or x.shape[x.ndim - len(shape) :] != shape:
@@ -91,7 +99,11 @@ class Policy:
             inputs = {name: x.unsqueeze(0) for name, x in inputs.items()}
         rows = (len(inputs["obs"]),)
         noise = None if deterministic else self._algorithm.draw_noise(self._actions, rows, self.generator)
-        actions = self._algorithm.policy(self.params, self.normalizer, inputs, noise, self._actions)
+        if {len(x) for x in self.memory.values()} - {*rows}:
+            raise ValueError(f"{rows[0]} observations do not fit the memory: call reset({rows[0]}) before an episode")
+        actions = self._algorithm.policy(self.params, self.normalizer, inputs | self.memory, noise, self._actions)
+        if self.memory:
+            actions, self.memory = actions
         actions = actions[0] if single else actions
         return actions.to(obs.device) if isinstance(obs, Tensor) else actions.numpy()[()]
 
@@ -145,7 +157,14 @@ def play(policy: Policy, episodes: int, deterministic: bool, seed: int) -> dict[
     options = {"backend": flags["backend"], "sticky_actions": flags.get("sticky_actions", 0.0)}
     env = make(policy.env_id, evaluation_seeds([policy.seed], (seed,)), num_envs, **options)
     policy.generator.manual_seed(evaluation_seeds([policy.seed], (seed, 1))[0])
-    table = evaluate(lambda inputs: policy(deterministic=deterministic, **inputs), env, episodes // num_envs)
+    policy.reset(num_envs)
+
+    def act(inputs: dict[str, Tensor]) -> Any:
+        policy.memory = {name: inputs.pop(name) for name in policy.memory}
+        actions = policy(deterministic=deterministic, **inputs)
+        return (actions, policy.memory) if policy.memory else actions
+
+    table = evaluate(act, env, episodes // num_envs, policy.memory)
     env.close()
     returns, lengths = (x.flatten() for x in table)
     numbers = (returns.mean(), returns.std(), iqm(returns), returns.min(), returns.max(), lengths.mean())
@@ -184,6 +203,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         console.print(table)
         if args.video:
             seed = evaluation_seeds([policy.seed], (args.seed,))[0]
+            policy.reset()
             print(film(policy, policy.env_id, seed, args.video))
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None

@@ -4,7 +4,8 @@ The functions handed in are pure and written for one agent: its N environments, 
 
     act(params, inputs, noise) -> (actions, env_actions)
         inputs: {"obs": (N, *obs)} and, where the environment has one, {"mask": (N, A)}; `actions` are stored,
-        `env_actions` are what the environment sees.
+        `env_actions` are what the environment sees. A recurrent policy's memory, {name: (N, H)}, is among its inputs
+        and comes back as a third output.
     observe(normalizer, step) -> (normalizer, step)
         `normalize.observe` with its settings; None where observations and rewards are taken as they are.
 
@@ -30,7 +31,7 @@ from rl_lab.vector import Step, TensorEnv, VectorEnv
 
 Inputs = dict[str, Tensor]
 Rollout = dict[str, Tensor]
-Act = Callable[[Any, Inputs, Tensor], tuple[Tensor, Tensor]]
+Act = Callable[[Any, Inputs, Tensor], tuple[Any, ...]]
 Observe = Callable[[Any, Step], tuple[Any, Step]]
 
 
@@ -83,7 +84,7 @@ def draw_shuffles(batch: int, epochs: int, minibatches: int, generator: torch.Ge
 
 
 class Collector:
-    """Steps the environments, and holds what lies between two rollouts: the normaliser and the observation to act on.
+    """Steps the environments, and holds what lies between two rollouts: normaliser, observation to act on, and memory.
 
     Args:
         env: B = S * N rows; is reset here.
@@ -91,6 +92,7 @@ class Collector:
         generators: the agents', one a seed; not used here, but saved with the rest.
         key: what `act` and `observe` close over, for the compiler's cache.
         compile: False runs everything eagerly.
+        memory: a recurrent policy's before its first step, {name: (B, H)}; set to zero where an episode ends.
     """
 
     def __init__(
@@ -101,11 +103,12 @@ class Collector:
         generators: list[torch.Generator],
         key: object,
         compile: bool = True,
+        memory: Inputs | None = None,
     ) -> None:
         num_seeds = len(env.seeds)
         act_seeds = over_seeds(act, is_image(env.observation_space))
 
-        def act_rows(params: Any, inputs: Inputs, noise: Tensor) -> tuple[Tensor, Tensor]:
+        def act_rows(params: Any, inputs: Inputs, noise: Tensor) -> tuple[Any, ...]:
             return merge_seeds(act_seeds(params, *split_seeds((inputs, noise), num_seeds)))  # type: ignore[no-any-return]
 
         def observe_rows(normalizer: Any, step: Step) -> tuple[Any, tuple[Tensor, ...]]:
@@ -117,20 +120,22 @@ class Collector:
             assert isinstance(env, TensorEnv)
 
             def body(carry: Any, x: tuple[Tensor, Tensor]) -> tuple[Any, Rollout]:
-                state, normalizer, *obs = carry
+                state, normalizer, memory, *obs = carry
                 inputs = _inputs(obs[0] if obs else env.observe(state["physics"]), env.mask(state["physics"]))
-                actions, env_actions = act_rows(params, inputs, x[0])
+                actions, env_actions, *new = act_rows(params, inputs | memory, x[0])
                 state, step = env.dynamics(state, env_actions, x[1])
+                memory = _forget(new[0], step) if new else memory
                 if observe:
                     normalizer, seen = observe_rows(normalizer, step)
                     step, obs = Step(*seen), seen[-1:]
                 row = _row(inputs, actions, step, state["episode_returns"], state["episode_lengths"])
-                return (state, normalizer, *obs), row
+                return (state, normalizer, memory, *obs), row
 
             return scan(body, carry, (noise, draws))
 
         self.env, self.generators = env, generators
         self.normalizer: Any = {}  # of tensors with a leading seed axis S
+        self.memory = memory or {}
         self.obs = env.reset()  # (B, *obs) to act on next, as `observe` gives it
         if observe:
             self.normalizer, obs = contiguous(vmap(begin)(split_seeds(self.obs, num_seeds)))
@@ -143,12 +148,14 @@ class Collector:
     def state_dict(self) -> dict[str, Any]:
         """The environments' state with what is held here."""
         random = {str(seed): g.get_state() for seed, g in zip(self.env.seeds, self.generators, strict=True)}
-        return {"env": self.env.state_dict(), "normalizer": self.normalizer, "obs": self.obs, "generators": random}
+        held = {"normalizer": self.normalizer, "obs": self.obs, "memory": self.memory}
+        return {"env": self.env.state_dict(), **held, "generators": random}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`."""
         self.env.load_state_dict(state["env"])
         self.normalizer, self.obs = on_device((state["normalizer"], state["obs"]), self.env.device)
+        self.memory = on_device(state.get("memory", {}), self.env.device)
         for seed, generator in zip(self.env.seeds, self.generators, strict=True):
             generator.set_state(state["generators"][str(seed)].cpu())
 
@@ -167,8 +174,8 @@ class Collector:
     def _fused(self, params: Any, noise: Tensor) -> Rollout:
         assert isinstance(self.env, TensorEnv)
         # Raw observations follow from the state. Carrying both breaks the compiler where they are the same numbers.
-        carry = (self.env.state, self.normalizer, *([self.obs] if self._observe else []))
-        (self.env.state, self.normalizer, *obs), rollout = self._rollout(
+        carry = (self.env.state, self.normalizer, self.memory, *([self.obs] if self._observe else []))
+        (self.env.state, self.normalizer, self.memory, *obs), rollout = self._rollout(
             params, carry, noise, self.env.draw(len(noise))
         )
         self.obs = obs[0] if obs else self.env.observe(self.env.state["physics"])
@@ -179,14 +186,15 @@ class Collector:
         return concatenate([self._steps(params, piece) for piece in noise.split(64)])
 
     def _steps(self, params: Any, noise: Tensor) -> Rollout:
-        env, obs, rows = self.env, self.obs, []
+        env, obs, memory, rows = self.env, self.obs, self.memory, []
         weights, (normalizer, treespec) = pytree.tree_leaves(params), pytree.tree_flatten(self.normalizer)
         act = observe = None
         for noise_t in noise.unbind():
             inputs = _inputs(obs, env.action_mask)
-            act = act or self._act.on_leaves(params, inputs, noise_t)
-            actions, env_actions = act([*weights, *inputs.values(), noise_t])
+            act = act or self._act.on_leaves(params, inputs | memory, noise_t)
+            actions, env_actions, *new = act([*weights, *inputs.values(), *memory.values(), noise_t])
             step = env.step(env_actions)
+            memory = _forget(dict(zip(memory, new, strict=True)), step) if new else memory
             if self._observe:
                 observe = observe or self._observe.on_leaves(self.normalizer, step)
                 *normalizer, next_obs, rewards, terminated, truncated, obs = observe([*normalizer, *step])
@@ -195,12 +203,18 @@ class Collector:
             row = _row(inputs, actions, step, env.episode_returns, env.episode_lengths)
             game_over = env.game_over
             rows.append(row if game_over is None else {**row, "game_over": game_over})
-        self.normalizer, self.obs = pytree.tree_unflatten(normalizer, treespec), obs
+        self.normalizer, self.obs, self.memory = pytree.tree_unflatten(normalizer, treespec), obs, memory
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def _inputs(obs: Tensor, mask: Tensor | None) -> Inputs:
     return {"obs": obs} if mask is None else {"obs": obs, "mask": mask}
+
+
+def _forget(memory: Inputs, step: Step) -> Inputs:
+    """Memory for the next step: zero where an episode ended (PPO's detail 34)."""
+    done = (step.terminated | step.truncated).unsqueeze(1)
+    return {name: x.masked_fill(done, 0.0) for name, x in memory.items()}
 
 
 def _row(inputs: Inputs, actions: Tensor, step: Step, episode_returns: Tensor, episode_lengths: Tensor) -> Rollout:

@@ -128,7 +128,8 @@ class Run:
         for name, row in zip(names, table, strict=True):
             if name.endswith("loss") and not all(map(math.isfinite, row)):
                 seed = self.args.seeds[[math.isfinite(x) for x in row].index(False)]
-                sound = all(torch.isfinite(rollout[column]).all() for column in ("obs", "next_obs", "rewards"))
+                given = [x for column, x in rollout.items() if column in ("obs", "next_obs", "rewards")]
+                sound = all(torch.isfinite(x).all() for x in given)
                 cause = SMALLER if sound else f"nor is what --env {self.args.env} gave"
                 raise self._diverged(f"{name} of seed {seed}", cause)
         begin = self.iteration * self.steps_per_iteration
@@ -153,7 +154,14 @@ class Run:
             self.flushed = time.monotonic()
         self.progress.update(end, sps * num_seeds, [sum(r) / len(r) if r else math.nan for r in self.recent])
 
-    def evaluate(self, policy: Callable[..., Tensor], params: Any, normalizer: Any, env: VectorEnv) -> None:
+    def evaluate(
+        self,
+        policy: Callable[..., Any],
+        params: Any,
+        normalizer: Any,
+        env: VectorEnv,
+        memory: dict[str, Tensor] | None = None,
+    ) -> None:
         """Log the mean of one episode in each row of `env`, at the end of the iteration now running.
 
         Args:
@@ -161,13 +169,14 @@ class Run:
             params, normalizer: trees with a leading seed axis S.
             env: new, seeded by `args.evaluation_seeds`, and closed here: each evaluation starts from the same states,
                 so a resumed run need not know of earlier ones.
+            memory: a recurrent policy's before its first step, {name: (B, H)}; it then returns the new one too.
         """
 
-        def act(inputs: dict[str, Tensor]) -> Tensor:
+        def act(inputs: dict[str, Tensor]) -> Any:
             inputs = split_seeds(inputs, len(self.args.seeds))
-            return merge_seeds(vmap(policy)(params, normalizer, inputs))  # type: ignore[no-any-return]
+            return merge_seeds(vmap(policy)(params, normalizer, inputs))
 
-        returns, lengths = evaluate(act, env, episodes=1)
+        returns, lengths = evaluate(act, env, episodes=1, memory=memory)
         env.close()
         table = np.stack([returns, lengths]).reshape(2, len(self.args.seeds), -1).mean(2)
         end = (self.iteration + 1) * self.steps_per_iteration

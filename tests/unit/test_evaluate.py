@@ -291,11 +291,11 @@ def test_a_resumed_run_evaluates_as_the_uninterrupted_one(
 
     calls = []
 
-    def killing(act: Any, env: VectorEnv, episodes: int) -> Any:
+    def killing(act: Any, env: VectorEnv, episodes: int, memory: Any) -> Any:
         calls.append(None)
         if len(calls) == 3:
             raise Killed  # in the third evaluation: the checkpoint is an iteration older
-        return evaluate(act, env, episodes)
+        return evaluate(act, env, episodes, memory)
 
     monkeypatch.setattr(rl_lab.run, "evaluate", killing)
     args = replace(CARTPOLE, runs_dir=tmp_path, checkpoint_every=512)

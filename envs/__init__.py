@@ -11,8 +11,10 @@ import torch
 
 from rl_lab.envs.adapter import GymnasiumEnv
 from rl_lab.envs.classic import CLASSIC
-from rl_lab.vector import VectorEnv
+from rl_lab.envs.memory import Recall
+from rl_lab.vector import TensorEnv, VectorEnv
 
+NATIVE: dict[str, type[TensorEnv]] = {**CLASSIC, "Recall-v0": Recall}
 BACKENDS = ("auto", "native", "gymnasium")
 ATARI = '-c constraints.txt -e ".[atari]"'
 INSTALL = {"ale_py": ATARI, "cv2": ATARI, "mujoco": '"gymnasium[mujoco]"'}  # by the package missing
@@ -30,7 +32,8 @@ def make(
     """Make len(seeds) * num_envs environments in the form of `rl_lab.vector`.
 
     Args:
-        env_id: a Gymnasium id, such as "CartPole-v1"; "module:Name-v0" imports the module that registers it.
+        env_id: a Gymnasium id, such as "CartPole-v1"; "module:Name-v0" imports the module that registers it. Recall-v0
+            is this package's own.
         seeds: one non-negative integer per agent.
         num_envs: environments per seed.
         device: where the tensors live. MuJoCo, Atari and Gymnasium environments compute on the CPU and hand tensors
@@ -52,8 +55,9 @@ def make(
         atari = env_id.endswith("NoFrameskip-v4")
         if atari or env_id.startswith("ALE/"):
             importlib.import_module("ale_py")  # registers these ids
-        if env_id not in gym.registry and ":" not in env_id:
-            nearest = difflib.get_close_matches(env_id, gym.registry)
+        known_ids = {**gym.registry, **NATIVE}
+        if env_id not in known_ids and ":" not in env_id:
+            nearest = difflib.get_close_matches(env_id, known_ids)
             hint = f"the nearest ids are {', '.join(nearest)}" if nearest else "no id is spelled nearly so"
             raise ValueError(f"env_id={env_id!r} is unknown: {hint}")
         if sticky_actions and (backend == "gymnasium" or not atari):
@@ -66,15 +70,15 @@ def make(
                 from rl_lab.envs.atari import AtariEnv  # here, so that the others need neither ale_py nor cv2
 
                 return AtariEnv(env_id, seeds, num_envs, device, sticky_actions)
-            if env_id in CLASSIC and num_threads == 1:
-                return CLASSIC[env_id](seeds, num_envs, device)
+            if env_id in NATIVE and num_threads == 1:
+                return NATIVE[env_id](seeds, num_envs, device)
             from rl_lab.envs.mujoco import MujocoEnv  # here, so that the others do not need mujoco
             from rl_lab.envs.mujoco_tasks import TASKS
 
             if env_id in TASKS:
                 return MujocoEnv(env_id, seeds, num_envs, device, num_threads)
             if backend == "native" and num_threads == 1:
-                known = ", ".join([*CLASSIC, *TASKS])
+                known = ", ".join([*NATIVE, *TASKS])
                 raise ValueError(f"backend='native' has no {env_id}; it has {known} and Atari's, as PongNoFrameskip-v4")
         if num_threads != 1:
             raise ValueError(

@@ -80,7 +80,9 @@ def stream(case: Case, length: int) -> dict[str, torch.Tensor]:
     """(length, 1, ...) steps of one environment, whose episodes have 40 of them."""
     case.obs.seed(0), case.action.seed(0)
     last = torch.arange(1, length + 1).unsqueeze(1) % 40 == 0
-    steps = {name: torch.as_tensor(np.stack([case.obs.sample() for _ in range(length)])) for name in ("obs", "next_obs")}
+    steps = {
+        name: torch.as_tensor(np.stack([case.obs.sample() for _ in range(length)])) for name in ("obs", "next_obs")
+    }
     steps["actions"] = torch.as_tensor(np.stack([case.action.sample() for _ in range(length)]))
     steps = {name: x.unsqueeze(1) for name, x in steps.items()}
     return {**steps, "rewards": torch.ones(length, 1), "terminated": last, "truncated": torch.zeros_like(last)}
@@ -134,7 +136,11 @@ def torchrl(case: Case, prioritized: bool) -> Calls:
     successor = {"observation": columns["next_obs"], "reward": columns["rewards"].unsqueeze(1)}
     successor |= {name: columns[name].unsqueeze(1) for name in ("terminated", "truncated")}
     data = TensorDict(
-        {"observation": columns["obs"], "action": columns["actions"], "next": TensorDict(successor, len(columns["obs"]))},
+        {
+            "observation": columns["obs"],
+            "action": columns["actions"],
+            "next": TensorDict(successor, len(columns["obs"])),
+        },
         len(columns["obs"]),
     )
     shared = {"storage": LazyTensorStorage(case.capacity), "batch_size": case.batch_size}

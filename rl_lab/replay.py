@@ -172,11 +172,8 @@ class Replay:
         elif self.device.type == "cuda":
             room, where, way = torch.cuda.mem_get_info(self.device)[0], "on the device", ", --device cpu"
         else:
-            room, where, way = (
-                os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"),
-                "in memory",
-                " or --replay-folder",
-            )
+            room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+            where, way = "in memory", " or --replay-folder"
             if (info := Path("/proc/meminfo")).exists():  # which counts what caches would give back
                 room = 1024 * int(info.read_text().partition("MemAvailable:")[2].split()[0])
         if need > room:

@@ -257,7 +257,7 @@ def learn(
 
 def train(args: Args) -> Run:
     """Train `args.num_seeds` agents; everything is in the run folders afterwards."""
-    where = (args.torch_device, args.backend, args.env_threads)
+    where = args.make_options
     env = make(args.env, args.seeds, args.num_envs, *where)
     if is_image(env.observation_space):
         raise ValueError(f"--env {args.env} shows images; python -m rl_lab.ppo takes them, this command takes vectors")

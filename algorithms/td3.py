@@ -170,7 +170,7 @@ def update_policy(
 
 def train(args: Args) -> Run:
     """Train `args.num_seeds` agents; everything is in the run folders afterwards."""
-    where = (args.torch_device, args.backend, args.env_threads)
+    where = args.make_options
     env = make(args.env, args.seeds, args.num_envs, *where)
     actions, obs_size, generators = Actions.of(env.action_space), flat_size(env.observation_space), args.generators(0)
     if not actions.low or not all(map(math.isfinite, actions.low + actions.high)):

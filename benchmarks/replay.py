@@ -2,9 +2,9 @@
 
     python -m benchmarks.replay --save benchmarks/results/replay.json
 
-All hold the same number of transitions of random content, are full, and give torch tensors. Indices are drawn in what
-is measured; where it is prioritized, new priorities of the batch are set too. Transitions are added ten at a time, which
-is what DQN's env steps between two gradient steps are; Stable-Baselines3 takes them one by one.
+All hold the same number of transitions of random content, are full, and give torch tensors. What is measured draws the
+indices, and sets new priorities of the batch where it is prioritized. Transitions are added ten at a time, which are
+DQN's env steps between two gradient steps; Stable-Baselines3 takes them one by one.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import tyro
 
-from rl_lab.curves.compare import common_budget, distinct_seeds
+from rl_lab.curves.compare import common_budget, distinct_seeds, require_finished
 from rl_lab.curves.store import REFERENCE, Run, load
 
 COMMIT = "fe8d8a03c41a7ef5b523e2e354bd01c363e786bb"
@@ -66,6 +66,7 @@ def build(folders: Sequence[Path], target: Path = REFERENCE) -> list[Path]:
     written = []
     for (script, env), runs in sorted(sets.items()):
         distinct_seeds(runs)
+        require_finished(runs, budget := common_budget(runs))
         runs.sort(key=lambda run: run.seed)
         lines = ["seed,global_step,episodic_return"]
         for run in runs:
@@ -74,7 +75,7 @@ def build(folders: Sequence[Path], target: Path = REFERENCE) -> list[Path]:
             "script": script,
             "env": env,
             "seeds": [run.seed for run in runs],
-            "total_timesteps": common_budget(runs),
+            "total_timesteps": budget,
             "command": f"python cleanrl/{script}.py --env-id {env} --seed SEED",
             **ORIGIN,
         }

@@ -129,19 +129,35 @@ def common_budget(runs: Sequence[Run]) -> int:
     """The budget which all runs share, in env steps; where no file tells it, the last step at which an episode ended.
 
     Raises:
-        ValueError: if budgets differ or a run was stopped before its budget.
+        ValueError: if budgets differ.
     """
     budgets = {run.total_timesteps for run in runs if run.total_timesteps}
     if len(budgets) > 1:
         raise ValueError(f"the budgets differ, {sorted(budgets)} steps: compare runs with equal --total-timesteps")
     budget = budgets.pop() if budgets else int(max(run.steps[-1] for run in runs))
+    return budget
+
+
+def require_finished(runs: Sequence[Run], budget: int) -> None:
+    """Raises ValueError if a run was stopped before its budget, or went beyond it."""
     for run in runs:
         if not store.FINISHED * budget <= run.steps[-1] <= budget:
             raise ValueError(
                 f"{run.path} seed {run.seed}: its last episode ends at step {run.steps[-1]:.0f} of {budget}: finish it "
                 "with --resume, or compare runs of equal budget"
             )
-    return budget
+
+
+def reached(runs: Sequence[Run], budget: int) -> int:
+    """The env step up to which every run was run: the budget, if all are finished."""
+    last = int(min(run.steps[-1] for run in runs))
+    return budget if last >= store.FINISHED * budget else last
+
+
+def cut(run: Run, end: int) -> Run:
+    """The run's episodes up to step `end`."""
+    kept = run.steps <= end
+    return dataclasses.replace(run, steps=run.steps[kept], returns=run.returns[kept])
 
 
 def distinct_seeds(runs: Sequence[Run]) -> None:
@@ -155,6 +171,8 @@ def distinct_seeds(runs: Sequence[Run]) -> None:
 def judge(ours: Sequence[Run], reference: Reference, margin: str | None = None, seed: int = 0) -> Result:
     """Compare runs of one environment and algorithm with a reference.
 
+    Runs that were stopped early are compared as far as all of them were run, and the finding is `informative`.
+
     Args:
         ours: one run a seed.
         reference: from `find_reference`.
@@ -163,11 +181,13 @@ def judge(ours: Sequence[Run], reference: Reference, margin: str | None = None, 
     Raises:
         ValueError: if the inputs cannot be compared.
     """
-    first, theirs = ours[0], reference.runs
-    sides = {"ours": list(ours), "reference": theirs}
+    first, whole = ours[0], common_budget([*ours, *reference.runs])
+    budget = reached(ours, whole)
+    require_finished([*ours, *reference.runs] if budget == whole else reference.runs, whole)
+    ours, theirs = ([cut(run, budget) for run in runs] for runs in (ours, reference.runs))
+    sides = {"ours": ours, "reference": theirs}
     for runs in sides.values():
         distinct_seeds(runs)
-    budget = common_budget([*ours, *theirs])
     scores, curves = {}, {}
     for side, runs in sides.items():
         if runs:
@@ -188,6 +208,12 @@ def judge(ours: Sequence[Run], reference: Reference, margin: str | None = None, 
         provenance=reference.provenance,
         versions={"ours": first.config.get("versions", {}), "reference": reference.provenance.get("versions", {})},
     )
+    if budget < whole:
+        base.notes.append(f"holds up to step {budget:,} of {whole:,}, as far as all of our runs were run")
+        if theirs:
+            mine, other = (float(statistics.iqm(scores[side])) for side in sides)
+            base.notes.append(f"IQM of the mean of the last 100 episodes there: ours {mine:.1f}, reference {other:.1f}")
+            return dataclasses.replace(base, verdict="informative")
     if not theirs:
         if reference.curve is not None:
             base.notes.extend(_curve_findings(curves["ours"], reference.curve, budget))

@@ -30,7 +30,7 @@ REFERENCE = Path(__file__).parent / "reference"
 FINISHED = 0.98  # of the budget: the last episode of a run that was not stopped ends later than this
 
 # Which CleanRL script an algorithm of ours is compared with, where the names differ.
-SCRIPTS = {("ppo", "Box"): "ppo_continuous_action", ("ppo", "Discrete"): "ppo"}
+SCRIPTS = {(algo, "Box"): f"{algo}_continuous_action" for algo in ("ppo", "sac", "td3")}
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,8 @@ class Run:
     @property
     def script(self) -> str:
         """The CleanRL script that this run is compared with."""
+        if self.config and self.env.endswith("NoFrameskip-v4"):
+            return f"{self.algo}_atari"
         return SCRIPTS.get((self.algo, self.config.get("action_space", "")), self.algo)
 
 

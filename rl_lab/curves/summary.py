@@ -30,7 +30,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from rl_lab.curves import plot, statistics, store
-from rl_lab.curves.compare import Equivalence, Result, common_budget, find_reference, judge
+from rl_lab.curves.compare import Equivalence, Result, common_budget, find_reference, judge, require_finished
 from rl_lab.curves.statistics import Floats, Interval
 from rl_lab.curves.store import Run
 
@@ -67,7 +67,8 @@ def keep(runs: Sequence[Run], target: Path) -> Path:
             f"{len(set(trained) & set(given))} are among the {len(given)} runs given: give all of them and no others"
         )
     note = {"script": first.script, "env": first.env, "algo": first.algo, "seeds": first.config["seeds"]}
-    note |= {"total_timesteps": common_budget(runs), "semantics": first.config["semantics"]}
+    require_finished(runs, budget := common_budget(runs))
+    note |= {"total_timesteps": budget, "semantics": first.config["semantics"]}
     # The folder as it is named here, not as it lay on the machine that trained.
     note["command"] = first.config["command"].replace(first.config["args"]["runs_dir"], str(first.path.parent))
     note |= {name: first.config[name] for name in ("versions", "git_commit", "hardware")}

@@ -110,6 +110,18 @@ def test_a_slower_climb_to_the_same_score_is_worse(tmp_path: Path, reference: st
     assert result.tests[1].difference == pytest.approx(-0.2 * 460, rel=0.05)
 
 
+def test_a_partial_run_is_informative_as_far_as_it_was_run(reference: str) -> None:
+    """Ours equal the reference up to a point, one run to 40,000 steps and one further; then they were stopped."""
+    ours = [
+        store.Run(Path("part"), run.env, "ppo", run.seed, run.steps[:count], run.returns[:count], BUDGET)
+        for run, count in zip(store.load(Path(reference))[:2], (40_000 // EPISODE, 60_000 // EPISODE), strict=True)
+    ]
+    result = judge(ours, find_reference(reference, "ppo", "CartPole-v1"))
+    assert (result.verdict, result.exit_code, result.budget) == ("informative", 2, 40_000)
+    assert any("up to step 40,000 of 100,000" in note for note in result.notes)
+    assert result.curves["ours"] == pytest.approx(result.curves["reference"][:2])
+
+
 def test_underpowered_names_the_seeds(tmp_path: Path, reference: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*runs(tmp_path, 480, 3), "--reference", reference, "--margin", "4"]) == 2
     output = capsys.readouterr().out

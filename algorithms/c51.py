@@ -30,10 +30,10 @@ from rl_lab.cli import run
 from rl_lab.compiler import Compiled
 from rl_lab.distributions import Actions
 from rl_lab.envs import make
-from rl_lab.networks import Params, flat_size, init_uniform, mlp, stack
+from rl_lab.networks import Params, flat_size, init_uniform, is_image, mlp, stack
 from rl_lab.offpolicy import OffPolicyArgs
 from rl_lab.optim import AdamState, adam, init_adam
-from rl_lab.replay import Batch, Replay, draw_uniform, transitions
+from rl_lab.replay import Batch, draw_uniform
 from rl_lab.rollout import Collector, Inputs, concatenate, contiguous, on_device
 from rl_lab.run import Run
 
@@ -48,7 +48,6 @@ class Args(OffPolicyArgs):
     n_atoms: int = 101  # returns that have a probability, evenly spaced
     v_min: float = -100.0  # the lowest of them
     v_max: float = 100.0  # the highest
-    gamma: float = 0.99  # discount per env step
     target_network_frequency: int = 500  # env steps between copies of the parameters to the target network
     start_e: float = 1.0  # epsilon at the start, the probability of a random action
     end_e: float = 0.05  # epsilon at the end
@@ -161,16 +160,15 @@ def train(args: Args) -> Run:
     where = args.make_options
     env = make(args.env, args.seeds, args.num_envs, *where)
     actions, obs_size, generators = Actions.of(env.action_space), flat_size(env.observation_space), args.generators(0)
+    if is_image(env.observation_space):
+        raise ValueError(f"--env {args.env} shows images; rl_lab.dqn takes them, this command takes vectors")
     if actions.low or actions.shape:
         raise ValueError(f"--env {args.env}: C51 needs one Discrete action, not {env.action_space}; rl_lab.sac has Box")
     params = stack([init_params(obs_size, actions, args, g) for g in generators])
     target, opt = contiguous(params), contiguous(vmap(init_adam)(params))
     key = ("c51", args.key, actions)
     collector = Collector(env, act, None, generators, key, args.compile)
-    replay = Replay(
-        transitions(env), args.num_seeds, args.num_envs, args.buffer_size, args.gamma,
-        device=env.device, compile=args.compile,
-    )  # fmt: skip
+    replay = args.replay(env)
     learn = vmap(partial(update, args=args), in_dims=(0, 0, 0, 0, None))
     learner = Compiled(learn, ("learn", *key), args.compile)
     learning_rate = torch.tensor(args.learning_rate, device=env.device)
@@ -203,7 +201,7 @@ def train(args: Args) -> Run:
                 target = contiguous(params)
         run.log(concatenate(rollouts), {f"losses/{name}": x for name, x in metrics.items()})
         if run.evaluation_due:
-            test_env = make(args.env, args.evaluation_seeds, 10, *where)
+            test_env = make(args.env, args.evaluation_seeds, 10, *args.make_options)
             run.evaluate(partial(policy, noise=None, actions=actions), params, {}, test_env)
     run.finish(params, {})
     return run

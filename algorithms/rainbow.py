@@ -40,10 +40,10 @@ from rl_lab.cli import run
 from rl_lab.compiler import Compiled
 from rl_lab.distributions import Actions
 from rl_lab.envs import make
-from rl_lab.networks import Params, flat_size, init_uniform, mlp, stack
+from rl_lab.networks import Params, flat_size, init_uniform, is_image, mlp, stack
 from rl_lab.offpolicy import OffPolicyArgs
 from rl_lab.optim import AdamState, adam, init_adam
-from rl_lab.replay import Batch, Replay, draw_uniform, transitions
+from rl_lab.replay import Batch, draw_uniform
 from rl_lab.rollout import Collector, Inputs, concatenate, contiguous, on_device
 from rl_lab.run import Run
 
@@ -58,7 +58,6 @@ class Args(OffPolicyArgs):
     n_atoms: int = 101  # returns that have a probability, evenly spaced
     v_min: float = -100.0  # the lowest of them
     v_max: float = 100.0  # the highest
-    gamma: float = 0.99  # discount per env step
     n_step: int = 3  # steps of a transition
     target_network_frequency: int = 500  # env steps between copies of the parameters to the target network
     noise_std: float = 0.5  # sigma at the start, times sqrt(inputs)
@@ -69,6 +68,11 @@ class Args(OffPolicyArgs):
         super().__post_init__()
         synced = self.target_network_frequency % self.steps_per_cycle == 0
         self.require("target_network_frequency", synced, f"a multiple of {self.steps_per_cycle}, the steps of a cycle")
+        first_update = (self.learning_starts // self.steps_per_cycle + 1) * self.steps_per_cycle
+        rows = min(first_update, self.buffer_size) // self.num_envs
+        self.require(
+            "n_step", self.n_step <= rows, f"at most {rows}, an environment's steps in the first batch's replay"
+        )
         self.require("n_atoms", self.n_atoms > 1, "at least 2")
         self.require("v_min", math.isfinite(self.v_min), "finite")
         self.require("v_max", self.v_min < self.v_max < math.inf, f"finite and above --v-min {self.v_min}")
@@ -216,6 +220,8 @@ def train(args: Args) -> Run:
     where = args.make_options
     env = make(args.env, args.seeds, args.num_envs, *where)
     actions, obs_size, generators = Actions.of(env.action_space), flat_size(env.observation_space), args.generators(0)
+    if is_image(env.observation_space):
+        raise ValueError(f"--env {args.env} shows images; rl_lab.dqn takes them, this command takes vectors")
     if actions.low or actions.shape:
         space = env.action_space
         raise ValueError(f"--env {args.env}: Rainbow needs one Discrete action, not {space}; rl_lab.sac has Box")
@@ -223,10 +229,7 @@ def train(args: Args) -> Run:
     target, opt = contiguous(params), contiguous(vmap(init_adam)(params))
     key = ("rainbow", args.key, actions)
     collector = Collector(env, act, None, generators, key, args.compile)
-    replay = Replay(
-        transitions(env), args.num_seeds, args.num_envs, args.buffer_size, args.gamma, args.n_step,
-        args.priority_alpha, device=env.device, compile=args.compile,
-    )  # fmt: skip
+    replay = args.replay(env, args.n_step, args.priority_alpha)
     learner = Compiled(vmap(update, in_dims=(0, 0, 0, 0, 0, None)), ("learn", *key), args.compile)
     learning_rate = torch.tensor(args.learning_rate, device=env.device)
 
@@ -259,7 +262,7 @@ def train(args: Args) -> Run:
                 target = contiguous(params)
         run.log(concatenate(rollouts), {f"losses/{name}": x for name, x in metrics.items()})
         if run.evaluation_due:
-            test_env = make(args.env, args.evaluation_seeds, 10, *where)
+            test_env = make(args.env, args.evaluation_seeds, 10, *args.make_options)
             run.evaluate(partial(policy, noise=None, actions=actions), params, {}, test_env)
     run.finish(params, {})
     return run

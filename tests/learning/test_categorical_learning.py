@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rl_lab import offpolicy
 from rl_lab.algorithms import c51, rainbow
 from rl_lab.replay import Batch, Replay
 from rl_lab.vector import TensorEnv
@@ -55,7 +56,7 @@ class BlindReplay(Replay):
 def test_doors(algorithm: ModuleType, blind: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards the whole of both: 0.9 of 1, where targets without what follows a transition stay at 1/2."""
     if blind:
-        monkeypatch.setattr(algorithm, "Replay", BlindReplay)
+        monkeypatch.setattr(offpolicy, "Replay", BlindReplay)
     monkeypatch.setattr(algorithm, "make", lambda _, seeds, num_envs, *__, **___: Doors(seeds, num_envs))
     args = algorithm.Args(
         total_timesteps=6_000, num_envs=10, learning_starts=500, target_network_frequency=200, batch_size=64,

@@ -46,6 +46,7 @@ REPLAY = "--log-every 32 --buffer-size 100 --learning-starts 64 --train-frequenc
 TINY = {
     "ppo": f"{SHARED} --num-steps 16 --num-minibatches 2 --update-epochs 2",
     "dqn": f"{SHARED} {REPLAY} --target-network-frequency 16",
+    "rainbow": f"{SHARED} {REPLAY} --target-network-frequency 16",
 }
 
 

@@ -125,8 +125,9 @@ SHORT_EPISODES = "from rl_lab.envs.mujoco_tasks import Task; Task.max_episode_st
         ("ppo", HALFCHEETAH),
         ("dqn", REPLAY),
         ("dqn", [*REPLAY, "--prioritized"]),
+        ("rainbow", REPLAY),
     ],
-    ids=["native", "gymnasium", "mujoco", "uniform replay", "prioritized replay"],
+    ids=["native", "gymnasium", "mujoco", "uniform replay", "prioritized replay", "noisy"],
 )
 def test_killed_at_ten_random_moments(lab: Lab, tmp_path: Path, algo: str, flags: list[str]) -> None:
     """Five of them anywhere, five between two writes."""

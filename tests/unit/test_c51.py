@@ -7,8 +7,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -245,10 +248,16 @@ def test_refused_flags(flags: dict[str, Any], message: str) -> None:
         Args(**flags)
 
 
-def test_refused_environments(trained: Any) -> None:
-    """Guards against Box actions rounded to choices."""
+def test_refused_environments(trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against Box actions rounded to choices, and pixels taken for a vector."""
     with pytest.raises(ValueError, match="--env Pendulum-v1: C51 needs one Discrete action, not Box"):
         trained(replace(SMALL, env="Pendulum-v1"))
+    env = SimpleNamespace(
+        observation_space=gym.spaces.Box(0, 255, (4, 84, 84), np.uint8), action_space=gym.spaces.Discrete(2)
+    )
+    monkeypatch.setattr(c51, "make", lambda *_: env)
+    with pytest.raises(ValueError, match=r"--env CartPole-v1 shows images; rl_lab\.dqn takes them"):
+        trained(SMALL)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,14 +7,18 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.func import grad_and_value
 
 import rl_lab
+from rl_lab import offpolicy
 from rl_lab.algorithms import rainbow
 from rl_lab.algorithms.rainbow import NOISY, Args
 from rl_lab.compiler import Compiled
@@ -230,7 +234,7 @@ def test_what_a_gradient_step_sees(trained: Any, monkeypatch: pytest.MonkeyPatch
             super().prioritize(leaves, priorities)
 
     monkeypatch.setattr(rainbow, "Compiled", Watched)
-    monkeypatch.setattr(rainbow, "Replay", WatchedReplay)
+    monkeypatch.setattr(offpolicy, "Replay", WatchedReplay)
     trained(SMALL)
     assert len(seen) == len(prioritized) == 20
     for index, (_, target, _) in enumerate(seen):
@@ -278,6 +282,7 @@ def test_a_run_gives_its_policy_back(trained: Any) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        ({"n_step": 11, "learning_starts": 0}, "--n-step 11 must be at most 10"),
         ({"n_atoms": 1}, "--n-atoms 1 must be at least 2"),
         ({"v_min": 100.0}, "--v-max 100.0 must be finite and above --v-min 100.0"),
         ({"noise_std": 0.0}, "--noise-std 0.0 must be finite and above 0: nothing else explores"),
@@ -291,7 +296,13 @@ def test_refused_flags(flags: dict[str, Any], message: str) -> None:
         Args(**flags)
 
 
-def test_refused_environments(trained: Any) -> None:
-    """Guards against Box actions rounded to choices."""
+def test_refused_environments(trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against Box actions rounded to choices, and pixels taken for a vector."""
     with pytest.raises(ValueError, match="--env Pendulum-v1: Rainbow needs one Discrete action, not Box"):
         trained(replace(SMALL, env="Pendulum-v1"))
+    env = SimpleNamespace(
+        observation_space=gym.spaces.Box(0, 255, (4, 84, 84), np.uint8), action_space=gym.spaces.Discrete(2)
+    )
+    monkeypatch.setattr(rainbow, "make", lambda *_: env)
+    with pytest.raises(ValueError, match=r"--env CartPole-v1 shows images; rl_lab\.dqn takes them"):
+        trained(SMALL)

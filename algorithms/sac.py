@@ -36,7 +36,7 @@ from rl_lab.envs import make
 from rl_lab.networks import Params, flat_size, init_uniform, mlp, stack
 from rl_lab.offpolicy import OffPolicyArgs
 from rl_lab.optim import AdamState, adam, init_adam
-from rl_lab.replay import Batch, Replay, draw_uniform, transitions
+from rl_lab.replay import Batch, draw_uniform
 from rl_lab.rollout import Collector, Inputs, concatenate, contiguous, on_device
 from rl_lab.run import Run
 
@@ -56,7 +56,6 @@ class Args(OffPolicyArgs):
     batch_size: int = 256  # transitions of a gradient step
     learning_starts: int = 5_000  # env steps of uniformly random actions before the first gradient step
     train_frequency: int = 1  # env steps for each gradient step
-    gamma: float = 0.99  # discount per env step
     tau: float = 0.005  # share of the critics that the target critics take over
     policy_lr: float = 3e-4  # learning rate of the actor's Adam
     q_lr: float = 1e-3  # learning rate of the critics' and of the temperature's Adam
@@ -229,10 +228,7 @@ def train(args: Args) -> Run:
     target, opts = contiguous(agent["critics"]), {name: contiguous(vmap(init_adam)(x)) for name, x in agent.items()}
     key = ("sac", args.key, actions)
     collector = Collector(env, partial(act, actions=actions), None, generators, key, args.compile)
-    replay = Replay(
-        transitions(env), args.num_seeds, args.num_envs, args.buffer_size, args.gamma,
-        device=env.device, compile=args.compile,
-    )  # fmt: skip
+    replay = args.replay(env)
     critics_step = vmap(partial(update_critics, actions=actions), in_dims=(0, 0, 0, 0, 0, None, None))
     learn_critics = Compiled(critics_step, ("critics", *key), args.compile)
     policy_step = partial(update_policy, actions=actions, autotune=args.autotune)

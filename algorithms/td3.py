@@ -35,7 +35,7 @@ from rl_lab.envs import make
 from rl_lab.networks import Params, flat_size, init_uniform, mlp, stack
 from rl_lab.offpolicy import OffPolicyArgs
 from rl_lab.optim import AdamState, adam, init_adam
-from rl_lab.replay import Batch, Replay, draw_uniform, transitions
+from rl_lab.replay import Batch, draw_uniform
 from rl_lab.rollout import Collector, Inputs, concatenate, contiguous, on_device
 from rl_lab.run import Run
 
@@ -55,7 +55,6 @@ class Args(OffPolicyArgs):
     learning_starts: int = 25_000  # env steps of uniformly random actions before the first gradient step
     train_frequency: int = 1  # env steps for each gradient step
     learning_rate: float = 3e-4  # of Adam, actor and critics alike
-    gamma: float = 0.99  # discount per env step
     tau: float = 0.005  # share of the parameters that the target networks take over
     policy_frequency: int = 2  # gradient steps between updates of the actor and of all target networks
     exploration_noise: float = 0.1  # standard deviation of the noise on actions, in half the width of their bounds
@@ -182,10 +181,7 @@ def train(args: Args) -> Run:
     key = ("td3", args.key, actions)
     choose = partial(act, actions=actions, std=args.exploration_noise)
     collector = Collector(env, choose, None, generators, key, args.compile)
-    replay = Replay(
-        transitions(env), args.num_seeds, args.num_envs, args.buffer_size, args.gamma,
-        device=env.device, compile=args.compile,
-    )  # fmt: skip
+    replay = args.replay(env)
     critics_step = vmap(partial(update_critics, actions=actions, args=args), in_dims=(0, 0, 0, 0, 0, None))
     learn_critics = Compiled(critics_step, ("critics", *key), args.compile)
     policy_step = vmap(partial(update_policy, actions=actions, tau=args.tau), in_dims=(0, 0, 0, 0, None))

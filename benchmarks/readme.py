@@ -17,7 +17,7 @@ PEERS = ("Stable-Baselines3", "CleanRL")
 
 
 def row(algo: str, report: dict[str, Any]) -> list[str]:
-    """One algorithm on one environment: steps per CPU-second with one seed and with ten, with ratios, and time to result."""
+    """One algorithm on one environment: steps per CPU-second with one seed and with ten, ratios, time to result."""
     results = report["results"]
     cells = [algo.upper(), report["env"]]
     for name in ("rl_lab", "rl_lab, 10 seeds"):

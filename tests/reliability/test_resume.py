@@ -152,6 +152,22 @@ def kill_five_times(lab: Lab, runs_dir: Path, algo: str, flags: list[str], befor
     assert record(folders) == record(lab.folders(runs_dir / "whole")), moments
 
 
+def test_a_replay_in_files_goes_on_from_its_checkpoint(lab: Lab, tmp_path: Path) -> None:
+    """Killed between two checkpoints, with rows in the files that the last one does not know."""
+    flags = [*REPLAY, "--prioritized", "--checkpoint-every", "96", "--replay-folder"]
+    before = CALLS.format(algo="dqn", moment=0)
+    ended = lab.train(tmp_path / "whole", *flags, tmp_path / "files", before=before, algo="dqn")
+    count = int(ended.out.rpartition("count: ")[2].split()[0])
+    before = CALLS.format(algo="dqn", moment=count // 2)
+    ended = lab.train(tmp_path / "killed", *flags, tmp_path / "other files", before=before, algo="dqn")
+    assert ended.status == -signal.SIGKILL
+    folders = lab.folders(tmp_path / "killed")
+    reached = checkpoint.load(folders[0])
+    assert 0 < reached["run"]["iteration"] < 10 and not reached["state"]["replay"]["columns"]
+    assert lab.run("--resume", folders[0], algo="dqn").status == 0
+    assert record(folders) == record(lab.folders(tmp_path / "whole"))
+
+
 @pytest.fixture(scope="module")
 def whole(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What an uninterrupted tiny run of two seeds leaves."""

@@ -113,7 +113,7 @@ def project(probabilities: Tensor, atoms: Tensor, rewards: Tensor, discounts: Te
         (B, n_atoms); rows sum to 1, what falls beyond the first or the last atom counts there.
     """
     last = len(atoms) - 1
-    moved = (rewards.unsqueeze(1) + discounts.unsqueeze(1) * atoms).clamp(atoms[0], atoms[-1])
+    moved = rewards.unsqueeze(1) + discounts.unsqueeze(1) * atoms
     place = ((moved - atoms[0]) / ((atoms[-1] - atoms[0]) / last)).clamp(0, last)  # in atoms from the first
     # Algorithm 1 shares between floor and ceil, which loses the mass of an integral place. The next atom above gets 0.
     lower = place.floor().clamp(max=last - 1)

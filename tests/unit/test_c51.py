@@ -131,13 +131,13 @@ def test_random_actions_come_as_often_as_asked() -> None:
 def test_loss_by_hand() -> None:
     """Guards the target's action, the end of an episode, and the sign.
 
-    The target network's means are 0.2 and -0.3, so action 0 follows: (0.2, 0.4, 0.4) on -1, 0, 1. Ended with reward
+    The target network's means are -0.3 and 0.2, so action 1 follows: (0.2, 0.4, 0.4) on -1, 0, 1. Ended with reward
     1/2: halves on 0 and 1; going on with reward 0 and discount 1/2: (0.1, 0.1 + 0.4 + 0.2, 0.2). The online network
-    says (0.5, 0.25, 0.25) of action 0, (0.125, 0.125, 0.75) of action 1.
+    says (0.5, 0.25, 0.25) of action 1, (0.125, 0.125, 0.75) of action 0.
     """
-    target = constant([[0.2, 0.4, 0.4], [0.5, 0.3, 0.2]], [-1.0, 0.0, 1.0])
-    params = constant([[0.5, 0.25, 0.25], [0.125, 0.125, 0.75]], [-1.0, 0.0, 1.0])  # its own best action would be 1
-    batch = {"obs": torch.zeros(2, 4), "next_obs": torch.zeros(2, 4), "actions": torch.tensor([1, 0])}
+    target = constant([[0.5, 0.3, 0.2], [0.2, 0.4, 0.4]], [-1.0, 0.0, 1.0])
+    params = constant([[0.125, 0.125, 0.75], [0.5, 0.25, 0.25]], [-1.0, 0.0, 1.0])  # its own best action would be 0
+    batch = {"obs": torch.zeros(2, 4), "next_obs": torch.zeros(2, 4), "actions": torch.tensor([0, 1])}
     batch |= {"rewards": torch.tensor([0.5, 0.0]), "discounts": torch.tensor([0.0, 0.5])}
     ended = -(0.5 * math.log(0.125) + 0.5 * math.log(0.75))
     going = -(0.1 * math.log(0.5) + 0.7 * math.log(0.25) + 0.2 * math.log(0.25))

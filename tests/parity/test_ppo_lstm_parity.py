@@ -25,7 +25,7 @@ from rl_lab.rollout import Rollout
 
 HERE = Path(__file__).parent
 NUMBERS = json.loads((HERE / "ppo_lstm_numbers.json").read_text())
-ARGS = ppo_lstm.Args(**NUMBERS["flags"])
+ARGS = ppo_lstm.Args(**NUMBERS["flags"], lstm_size=128)
 ACTIONS = Actions((3,), ())
 spec = importlib.util.spec_from_file_location("make_ppo_numbers", HERE / "make_ppo_numbers.py")
 assert spec and spec.loader

@@ -15,7 +15,7 @@ from torch.func import grad, vmap
 
 import rl_lab
 from rl_lab.algorithms import ppo_lstm
-from rl_lab.algorithms.ppo_lstm import Args
+from rl_lab.algorithms.ppo_lstm import CLEANRL, Args
 from rl_lab.distributions import Actions
 from rl_lab.envs.memory import Recall
 from rl_lab.networks import Params, init_lstm, lstm, lstm_step, mlp
@@ -117,7 +117,7 @@ def test_lstm_steps_are_its_sequence() -> None:
 
 def test_initialisation() -> None:
     """Guards detail 32: orthogonal columns of length 1 and zero biases; heads with gains 0.01 and 1; zero memory."""
-    params = ppo_lstm.init_params(5, Actions((4,), ()), Args(), generator())
+    params = ppo_lstm.init_params(5, Actions((4,), ()), CLEANRL, generator())
     for part in ("ih", "hh"):
         weight = params[f"lstm.weight_{part}"]
         torch.testing.assert_close(weight.T @ weight, torch.eye(weight.shape[1]), rtol=0, atol=1e-5)
@@ -241,6 +241,30 @@ def test_seed_beside_another_is_that_seed_alone(trained: Any) -> None:
     assert not torch.allclose(together["params"]["lstm.weight_hh"][0], together["params"]["lstm.weight_hh"][1])
 
 
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards a memory that the checkpoint lacks: resumed in mid-episode, parameters and memory are the same bits."""
+    args = replace(SMALL, num_seeds=2, checkpoint_every=64, runs_dir=tmp_path / "whole")
+    whole = ppo_lstm.train(args).state()
+    learn, calls = ppo_lstm.learn, []
+
+    def failing(*arguments: Any, **named: Any) -> Any:
+        calls.append(None)
+        if len(calls) == 3:
+            raise ArithmeticError
+        return learn(*arguments, **named)
+
+    monkeypatch.setattr(ppo_lstm, "learn", failing)
+    with pytest.raises(ArithmeticError):
+        ppo_lstm.train(replace(args, runs_dir=tmp_path / "cut"))
+    monkeypatch.undo()
+    folder = min((tmp_path / "cut").iterdir())
+    resumed = ppo_lstm.train(replace(args, runs_dir=tmp_path / "cut", resume=folder)).state()
+    for name, p in whole["params"].items():
+        assert torch.equal(p, resumed["params"][name]), name
+    for name, x in whole["collector"]["memory"].items():
+        assert torch.equal(x, resumed["collector"]["memory"][name]) and x.any(), name
+
+
 @pytest.mark.slow
 def test_compiled_equals_eager(trained: Any) -> None:
     """Guards the loop within a loop in the compiled graph: two seeds, episodes that end inside rollouts."""
@@ -266,9 +290,9 @@ def test_an_environment_of_gymnasiums_collects_the_same_memory(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"num_minibatches": 3}, "--num-minibatches 3 must be a divisor of num_envs = 8: sequences stay whole"),
-        ({"num_minibatches": 16}, "--num-minibatches 16 must be a divisor of num_envs = 8"),
-        ({"total_timesteps": 1023}, "--total-timesteps 1023 .* 1024"),
+        ({"num_minibatches": 3}, "--num-minibatches 3 must be a divisor of num_envs = 32: sequences stay whole"),
+        ({"num_minibatches": 64}, "--num-minibatches 64 must be a divisor of num_envs = 32"),
+        ({"total_timesteps": 639}, "--total-timesteps 639 .* 640"),
         ({"lstm_size": 0}, "--lstm-size 0 .* 1"),
     ],
 )

@@ -209,7 +209,8 @@ def parse(argv: Sequence[str], args_type: type[RunArgs], defaults: Callable[[str
     for name in sorted(fields - free):
         if (was := getattr(saved, name)) != (now := getattr(args, name)):
             prolonged = name == "total_timesteps" and now > was
-            why = "which its annealing follows (--no-anneal-lr)" if prolonged else "and a resumed run keeps its flags"
+            schedules = "its annealing follows (--no-anneal-lr)" if "anneal_lr" in fields else "its schedules follow"
+            why = f"which {schedules}" if prolonged else "and a resumed run keeps its flags"
             raise ValueError(f"{flag(name)} {now}: the run in {folder} has {was}, {why}; leave the flag out")
     return args
 

@@ -76,8 +76,11 @@ class OffPolicyArgs(RunArgs):
         """The replay for `env`: images are kept frame by frame, files survive a kill between two checkpoints.
 
         Raises:
-            ValueError: if it does not fit, or --replay-folder has files of another run, or none of the resumed one's.
+            ValueError: if it does not fit, --replay-folder has files of another run, or none of the resumed one's, or
+                the environment masks actions, which no target here minds.
         """
+        if env.action_mask is not None:
+            raise ValueError(f"--env {self.env} masks actions, which this command would not heed; rl_lab.ppo does")
         if self.replay_folder:
             try:
                 self.replay_folder.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ from rl_lab import offpolicy
 from rl_lab.algorithms import dqn
 from rl_lab.algorithms.dqn import Args
 from rl_lab.distributions import Actions
+from rl_lab.envs.classic import CLASSIC
 from rl_lab.networks import Params
 from rl_lab.optim import init_adam
 from rl_lab.replay import Batch, Replay
@@ -320,6 +321,13 @@ def test_refused_flags(flags: dict[str, Any], message: str) -> None:
     """Guards against a run that starts and fails, or that ignores what it was given."""
     with pytest.raises(ValueError, match=message):
         replace(SMALL, **flags)
+
+
+def test_an_environment_with_masks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a mask that is ignored: forbidden actions would be taken, and valued."""
+    monkeypatch.setattr(CLASSIC["CartPole-v1"], "mask", lambda env, physics: torch.ones(len(physics), 2).bool())
+    with pytest.raises(ValueError, match=r"--env CartPole-v1 masks actions, .*rl_lab\.ppo"):
+        dqn.train(replace(SMALL, runs_dir=tmp_path / "runs"))
 
 
 @pytest.mark.parametrize(

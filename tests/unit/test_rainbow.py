@@ -261,7 +261,7 @@ def test_compiled_equals_eager(trained: Any) -> None:
     eager, compiled = (trained(replace(args, compile=compile)).state() for compile in (False, True))
     for name, p in eager["params"].items():
         torch.testing.assert_close(compiled["params"][name], p, rtol=0, atol=1e-5, msg=name)
-    torch.testing.assert_close(compiled["replay"]["leaves"], eager["replay"]["leaves"], rtol=0, atol=1e-4)
+    torch.testing.assert_close(compiled["replay"]["tree"], eager["replay"]["tree"], rtol=0, atol=1e-4)
 
 
 def test_a_run_gives_its_policy_back(trained: Any) -> None:

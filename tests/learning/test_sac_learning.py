@@ -6,6 +6,7 @@ and larger steps than the defaults.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -37,5 +38,8 @@ def test_pendulum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: Mo
         env="Pendulum-v1", total_timesteps=10_400, num_envs=4, train_frequency=4, learning_starts=800, log_every=800,
         batch_size=128, gamma=0.95, tau=0.02, compile=False, runs_dir=tmp_path, **RATES[algorithm],
     )  # fmt: skip
-    last = algorithm.train(args).recent[0][-8:]
+    try:
+        last = algorithm.train(args).recent[0][-8:]
+    except FloatingPointError:  # a flipped one may diverge
+        last = [-math.inf]
     assert (sum(last) / len(last) > -500) != flipped, last

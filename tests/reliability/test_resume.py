@@ -113,6 +113,7 @@ def has_checkpoint(folders: list[Path]) -> bool:
 
 CARTPOLE = ["--env", "CartPole-v1", "--num-seeds", "2", "--checkpoint-every", "32"]
 HALFCHEETAH = ["--env", "HalfCheetah-v4", "--num-envs", "1", "--total-timesteps", "160", "--checkpoint-every", "16"]
+OFTEN = ["--learning-starts", "32", "--checkpoint-every", "32"]
 REPLAY = [*CARTPOLE, "--n-step", "3"]  # which forgets its first steps at a third of the run
 SHORT_EPISODES = "from rl_lab.envs.mujoco_tasks import Task; Task.max_episode_steps = 50"
 
@@ -126,8 +127,10 @@ SHORT_EPISODES = "from rl_lab.envs.mujoco_tasks import Task; Task.max_episode_st
         ("dqn", REPLAY),
         ("dqn", [*REPLAY, "--prioritized"]),
         ("rainbow", REPLAY),
+        ("sac", ["--env", "HalfCheetah-v4", *OFTEN]),
+        ("td3", ["--env", "Pendulum-v1", "--num-seeds", "2", *OFTEN]),
     ],
-    ids=["native", "gymnasium", "mujoco", "uniform replay", "prioritized replay", "noisy"],
+    ids=["native", "gymnasium", "mujoco", "uniform replay", "prioritized replay", "noisy", "sac", "td3"],
 )
 def test_killed_at_ten_random_moments(lab: Lab, tmp_path: Path, algo: str, flags: list[str]) -> None:
     """Five of them anywhere, five between two writes."""

@@ -3,7 +3,7 @@
 Paper: Haarnoja et al. 2018, Soft actor-critic algorithms and applications, arXiv:1812.05905.
 
     critics:      L = E[(Q(s, a) - r - gamma * (min Q_target(s', a') - alpha * log pi(a'|s')))^2]            [Eq. 5]
-    actor:        L = E[alpha * log pi(a|s) - min Q(s, a)],   a = tanh(mean + std * noise), scaled      [Eqs. 8, 9]
+    actor:        L = E[alpha * log pi(a|s) - min Q(s, a)],   a = tanh(mean + std * noise), scaled          [Eq. 9]
     temperature:  L = E[-alpha * (log pi(a|s) + target entropy)],   target entropy = -dim(A)                [Eq. 18]
 
 Differs from the paper, as CleanRL does, in: the actor learns every second gradient step, two steps of Adam at a time on
@@ -106,7 +106,7 @@ def scaled(squashed: Tensor, actions: Actions) -> Tensor:
 def sample(actor: Params, obs: Tensor, noise: Tensor, actions: Actions) -> tuple[Tensor, Tensor]:
     """Actions (B, *shape) by the policy, and their log-probabilities (B,).
 
-    log pi(a|s) = log N(x; mean, std) - sum_i log(scale_i * (1 - tanh(x_i)^2)), x = mean + std * noise    [Eq. 26]
+    log pi(a|s) = log N(x; mean, std) - sum_i log(scale_i * (1 - tanh(x_i)^2)), x = mean + std * noise    [appendix C]
 
     with 1 - tanh(x)^2 = 4 / (exp(x) + exp(-x))^2, so that its logarithm is 2 * (log 2 - x - softplus(-2x)).
 
@@ -158,7 +158,7 @@ def critic_loss(
 
 
 def actor_loss(actor: Params, agent: Agent, obs: Tensor, noise: Tensor, actions: Actions) -> Tensor:
-    """() mean of alpha * log pi(a|s) - min Q(s, a) over a ~ pi, [Eqs. 8, 9]; obs (B, *obs), noise (B, A)."""
+    """() mean of alpha * log pi(a|s) - min Q(s, a) over a ~ pi, [Eq. 9]; obs (B, *obs), noise (B, A)."""
     taken, logprobs = sample(actor, obs, noise, actions)
     q, _ = q_values(agent["critics"], obs, taken).min(0)
     return (agent["temperature"]["log_alpha"].exp() * logprobs - q).mean()

@@ -4,8 +4,8 @@ Paper: Fujimoto et al. 2018, Addressing function approximation error in actor-cr
 Algorithm 1; its actor-critic is that of Lillicrap et al. 2016, Continuous control with deep reinforcement learning,
 arXiv:1509.02971.
 
-    critics:  L = E[(Q(s, a) - r - gamma * min Q_target(s', a'))^2],   a' = mu_target(s') + clip(noise, -c, c)  [Eq. 14]
-    actor:    L = E[-Q_1(s, mu(s))], every second gradient step, and the targets follow then          [section 5.2]
+    critics:  L = E[(Q(s, a) - r - gamma * min Q_target(s', a'))^2],   a' = mu_target(s') + clip(noise, -c, c)
+    actor:    L = E[-Q_1(s, mu(s))], every second gradient step, and all target networks follow then
 
 Differs from the paper in the sizes and the rate of its networks, as CleanRL does: 256 units, 3e-4, batches of 256.
 Differs from CleanRL's td3_continuous_action.py in:
@@ -113,7 +113,7 @@ def act(explorer: dict[str, Any], inputs: Inputs, noise: Tensor, actions: Action
 def critic_loss(
     critics: Params, target: Agent, batch: Batch, noise: Tensor, actions: Actions, args: Args
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Squared Bellman residual of both critics, [Eq. 14].
+    """Squared Bellman residual of both critics, [Algorithm 1].
 
     Args:
         target: of the target networks.

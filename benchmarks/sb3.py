@@ -13,7 +13,7 @@ import time
 from typing import Any
 
 import torch
-from stable_baselines3 import DQN, PPO
+from stable_baselines3 import DQN, PPO, SAC
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
@@ -94,5 +94,27 @@ def dqn(args: dict[str, Any]) -> None:
     ).learn(args["total_timesteps"], callback=PrintSPS(args["mark_every"]))
 
 
+def sac(args: dict[str, Any]) -> None:
+    """Train one seed; TensorBoard logs go to args["runs_dir"]. One learning rate is for all of it."""
+    torch.set_num_threads(args["torch_threads"])
+    SAC(
+        "MlpPolicy",
+        make_vec_env(args["env"], n_envs=args["num_envs"], seed=args["seed"]),
+        learning_rate=args["policy_lr"],
+        buffer_size=args["buffer_size"],
+        learning_starts=args["learning_starts"],
+        batch_size=args["batch_size"],
+        tau=args["tau"],
+        gamma=args["gamma"],
+        train_freq=args["train_frequency"],
+        gradient_steps=1,
+        target_update_interval=args["target_network_frequency"],
+        policy_kwargs={"net_arch": [256, 256]},
+        tensorboard_log=args["runs_dir"],
+        seed=args["seed"],
+        device="cpu",
+    ).learn(args["total_timesteps"], callback=PrintSPS(args["mark_every"]))
+
+
 if __name__ == "__main__":
-    {"ppo": ppo, "dqn": dqn}[sys.argv[1]](json.loads(sys.argv[2]))
+    {"ppo": ppo, "dqn": dqn, "sac": sac}[sys.argv[1]](json.loads(sys.argv[2]))

@@ -142,7 +142,7 @@ def draw(results: Sequence[Result]) -> Figure:
     columns = min(COLUMNS, len(results))
     rows = math.ceil(len(results) / columns)
     with matplotlib.rc_context(plot.STYLE):
-        figure = Figure(figsize=(3.5 * columns, 0.5 + 2.55 * rows), layout="constrained")
+        figure = Figure(figsize=(max(3.5 * columns, 7.0), 0.5 + 2.55 * rows), layout="constrained")
         panels = figure.subplots(rows, columns, squeeze=False).flatten()
         handles: dict[str, Artist] = {}
         for axes, result in zip(panels, results, strict=False):
@@ -153,7 +153,7 @@ def draw(results: Sequence[Result]) -> Figure:
         figure.supxlabel("environment steps", fontsize=9)
         figure.supylabel("return", fontsize=9)
         lines, labels = list(handles.values()), list(handles)
-        figure.legend(lines, labels, loc="outside upper center", ncols=columns, frameon=False, fontsize=10)
+        figure.legend(lines, labels, loc="outside upper center", ncols=max(columns, 2), frameon=False, fontsize=10)
     return figure
 
 

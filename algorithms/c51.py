@@ -147,11 +147,11 @@ def loss(params: Params, target: Params, batch: Batch) -> tuple[Tensor, dict[str
 
 
 def update(
-    params: Params, target: Params, opt: AdamState, batch: Batch, learning_rate: Tensor, args: Args
+    params: Params, target: Params, opt: AdamState, batch: Batch, args: Args
 ) -> tuple[Params, AdamState, dict[str, Tensor]]:
     """A step of Adam."""
     grads, (_, metrics) = grad_and_value(loss, has_aux=True)(params, target, batch)
-    params, opt = adam(params, grads, opt, learning_rate, eps=0.01 / args.batch_size)
+    params, opt = adam(params, grads, opt, args.learning_rate, eps=0.01 / args.batch_size)
     return params, opt, metrics
 
 
@@ -169,9 +169,8 @@ def train(args: Args) -> Run:
     key = ("c51", args.key, actions)
     collector = Collector(env, act, None, generators, key, args.compile)
     replay = args.replay(env)
-    learn = vmap(partial(update, args=args), in_dims=(0, 0, 0, 0, None))
-    learner = Compiled(learn, ("learn", *key), args.compile)
-    learning_rate = torch.tensor(args.learning_rate, device=env.device)
+    learn = vmap(partial(update, args=args))
+    learner = Compiled(learn, ("learn", *key), args.compile, donate=(0, 2))
 
     def state() -> dict[str, Any]:
         agents = {"params": params, "target": target, "opt": opt}
@@ -196,7 +195,7 @@ def train(args: Args) -> Run:
             replay.add(rollouts[-1])
             env_step += args.steps_per_cycle
             for _ in range(args.updates_per_cycle if env_step > args.learning_starts else 0):
-                params, opt, metrics = learner(params, target, opt, replay.sample(next(points)), learning_rate)
+                params, opt, metrics = learner(params, target, opt, replay.sample(next(points)))
             if env_step % args.target_network_frequency == 0:
                 target = contiguous(params)
         run.log(concatenate(rollouts), {f"losses/{name}": x for name, x in metrics.items()})

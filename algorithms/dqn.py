@@ -31,7 +31,7 @@ from rl_lab.cli import run
 from rl_lab.compiler import Compiled
 from rl_lab.distributions import Actions
 from rl_lab.envs import make
-from rl_lab.networks import Params, flat_size, init_nature_cnn, init_uniform, is_image, mlp, nature_cnn, stack
+from rl_lab.networks import Params, flat_size, init_nature_cnn, init_uniform, is_image, mlp, nature_cnn, polyak, stack
 from rl_lab.offpolicy import OffPolicyArgs
 from rl_lab.optim import AdamState, adam, in_bf16, init_adam
 from rl_lab.replay import Batch, draw_uniform
@@ -147,13 +147,12 @@ def loss(params: Params, target: Params, batch: Batch, args: Args) -> tuple[Tens
 
 
 def update(
-    params: Params, target: Params, opt: AdamState, batch: Batch, learning_rate: Tensor, share: Tensor, args: Args
-) -> tuple[Params, Params, AdamState, dict[str, Tensor]]:
-    """A step of Adam, then the target network moves by `share` towards the parameters: 0, or tau when it is due."""
+    params: Params, target: Params, opt: AdamState, batch: Batch, args: Args
+) -> tuple[Params, AdamState, dict[str, Tensor]]:
+    """A step of Adam."""
     grads, (_, metrics) = grad_and_value(loss, has_aux=True)(params, target, batch, args)
-    params, opt = adam(params, grads, opt, learning_rate, eps=1e-8)
-    target = {name: torch.lerp(p, params[name], share) for name, p in target.items()}
-    return params, target, opt, metrics
+    params, opt = adam(params, grads, opt, args.learning_rate, eps=1e-8)
+    return params, opt, metrics
 
 
 def train(args: Args) -> Run:
@@ -168,9 +167,8 @@ def train(args: Args) -> Run:
     key = ("dqn", args.key, actions)
     collector = Collector(env, act, None, generators, key, args.compile)
     replay = args.replay(env, args.n_step, args.priority_alpha if args.prioritized else 0.0)
-    learner = Compiled(over_seeds(partial(update, args=args), images), ("learn", *key), args.compile)
-    learning_rate = torch.full((args.num_seeds,), args.learning_rate, device=env.device)
-    shares = torch.tensor([[0.0], [args.tau]], device=env.device).repeat(1, args.num_seeds)
+    learn = over_seeds(partial(update, args=args), images)
+    learner = Compiled(learn, ("learn", *key), args.compile, donate=(0, 2))
 
     def state() -> dict[str, Any]:
         agents = {"params": params, "target": target, "opt": opt}
@@ -195,15 +193,17 @@ def train(args: Args) -> Run:
             replay.add(rollout)
             rollouts.append({name: x for name, x in rollout.items() if x.dtype != torch.uint8})  # images are large
             env_step += args.steps_per_cycle
-            synced = env_step % args.target_network_frequency == 0
-            for left in reversed(range(args.updates_per_cycle if env_step > args.learning_starts else 0)):
+            if env_step <= args.learning_starts:
+                continue
+            for _ in range(args.updates_per_cycle):
                 beta = args.priority_beta + (1 - args.priority_beta) * env_step / args.total_timesteps
                 batch = replay.sample(next(points), beta)
-                share = shares[int(synced and left == 0)]  # once, after the last update
-                params, target, opt, metrics = learner(params, target, opt, batch, learning_rate, share)
+                params, opt, metrics = learner(params, target, opt, batch)
                 td_errors = metrics.pop("td_errors")
                 if args.prioritized:
                     replay.prioritize(batch["leaves"], td_errors.abs() + 1e-6)
+            if env_step % args.target_network_frequency == 0:
+                target = polyak(target, params, args.tau)
         run.log(concatenate(rollouts), {f"losses/{name}": x for name, x in metrics.items()})
         if run.evaluation_due:
             test_env = make(args.env, args.evaluation_seeds, 10, *args.make_options)

@@ -207,11 +207,11 @@ def loss(params: Params, target: Params, batch: Batch, noise: Tensor) -> tuple[T
 
 
 def update(
-    params: Params, target: Params, opt: AdamState, batch: Batch, noise: Tensor, learning_rate: Tensor
+    params: Params, target: Params, opt: AdamState, batch: Batch, noise: Tensor, args: Args
 ) -> tuple[Params, AdamState, dict[str, Tensor]]:
     """A step of Adam with the epsilon of Hessel et al., Table 1."""
     grads, (_, metrics) = grad_and_value(loss, has_aux=True)(params, target, batch, noise)
-    params, opt = adam(params, grads, opt, learning_rate, eps=1.5e-4)
+    params, opt = adam(params, grads, opt, args.learning_rate, eps=1.5e-4)
     return params, opt, metrics
 
 
@@ -230,8 +230,7 @@ def train(args: Args) -> Run:
     key = ("rainbow", args.key, actions)
     collector = Collector(env, act, None, generators, key, args.compile)
     replay = args.replay(env, args.n_step, args.priority_alpha)
-    learner = Compiled(vmap(update, in_dims=(0, 0, 0, 0, 0, None)), ("learn", *key), args.compile)
-    learning_rate = torch.tensor(args.learning_rate, device=env.device)
+    learner = Compiled(vmap(partial(update, args=args)), ("learn", *key), args.compile, donate=(0, 2))
 
     def state() -> dict[str, Any]:
         agents = {"params": params, "target": target, "opt": opt}
@@ -256,7 +255,7 @@ def train(args: Args) -> Run:
             for _ in range(args.updates_per_cycle if env_step > args.learning_starts else 0):
                 beta = args.priority_beta + (1 - args.priority_beta) * env_step / args.total_timesteps
                 batch = replay.sample(next(points), beta)
-                params, opt, metrics = learner(params, target, opt, batch, next(learning), learning_rate)
+                params, opt, metrics = learner(params, target, opt, batch, next(learning))
                 replay.prioritize(batch["leaves"], metrics.pop("priorities"))
             if env_step % args.target_network_frequency == 0:
                 target = contiguous(params)

@@ -31,9 +31,9 @@ from torch.func import grad_and_value, vmap
 
 from rl_lab.cli import run
 from rl_lab.compiler import Compiled
-from rl_lab.distributions import Actions, draw_noise
+from rl_lab.distributions import Actions, draw_noise, scaled
 from rl_lab.envs import make
-from rl_lab.networks import Params, flat_size, init_uniform, mlp, stack
+from rl_lab.networks import Params, flat_size, init_uniform, mlp, polyak, q_values, stack
 from rl_lab.offpolicy import OffPolicyArgs
 from rl_lab.optim import AdamState, adam, init_adam
 from rl_lab.replay import Batch, draw_uniform
@@ -83,24 +83,10 @@ def init_params(obs_size: int, actions: Actions, alpha: float, generator: torch.
     return {"actor": actor, "critics": critics, "temperature": temperature}
 
 
-def q_values(critics: Params, obs: Tensor, taken: Tensor) -> Tensor:
-    """Q of both critics: (B, *obs), (B, *shape) -> (E, B)."""
-    inputs = torch.cat([obs.flatten(1).float(), taken.flatten(1)], 1)
-    q: Tensor = vmap(lambda critic: mlp(critic, "critic", inputs, activation=torch.relu))(critics)
-    return q.squeeze(2)
-
-
 def gaussian(actor: Params, obs: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and log of the standard deviation before squashing: (B, *obs) -> (B, A) each."""
     mean, logstd = mlp(actor, "actor", obs.flatten(1).float(), activation=torch.relu).chunk(2, 1)
     return mean, LOGSTD_MIN + 0.5 * (LOGSTD_MAX - LOGSTD_MIN) * (logstd.tanh() + 1)
-
-
-def scaled(squashed: Tensor, actions: Actions) -> Tensor:
-    """(B, A) in [-1, 1] to (B, *shape) in the action space's bounds."""
-    columns = zip(squashed.unbind(1), actions.low, actions.high, strict=True)
-    within = [((high + low) / 2 + (high - low) / 2 * x).clamp(low, high) for x, low, high in columns]
-    return torch.stack(within, 1).reshape(-1, *actions.shape)
 
 
 def sample(actor: Params, obs: Tensor, noise: Tensor, actions: Actions) -> tuple[Tensor, Tensor]:
@@ -175,7 +161,7 @@ def update_critics(
     opt: AdamState,
     batch: Batch,
     noise: Tensor,
-    learning_rate: Tensor,
+    learning_rate: Tensor | float,
     share: Tensor,
     actions: Actions,
 ) -> tuple[Params, Params, AdamState, dict[str, Tensor]]:
@@ -183,7 +169,7 @@ def update_critics(
     loss = grad_and_value(critic_loss, has_aux=True)
     grads, (_, metrics) = loss(agent["critics"], target, agent, batch, noise, actions)
     critics, opt = adam(agent["critics"], grads, opt, learning_rate, eps=1e-8)
-    return critics, {name: torch.lerp(p, critics[name], share) for name, p in target.items()}, opt, metrics
+    return critics, polyak(target, critics, share), opt, metrics
 
 
 def update_policy(
@@ -191,8 +177,8 @@ def update_policy(
     opts: dict[str, AdamState],
     obs: Tensor,
     noise: Tensor,
-    policy_lr: Tensor,
-    q_lr: Tensor,
+    policy_lr: Tensor | float,
+    q_lr: Tensor | float,
     actions: Actions,
     autotune: bool,
 ) -> tuple[Agent, dict[str, AdamState], dict[str, Tensor]]:
@@ -215,6 +201,28 @@ def update_policy(
     return new, opts, {**metrics, "alpha": temperature["log_alpha"].exp()}
 
 
+def update(
+    agent: Agent,
+    target: Params,
+    opts: dict[str, AdamState],
+    batch: Batch,
+    noise: Tensor,
+    share: Tensor,
+    actions: Actions,
+    args: Args,
+) -> tuple[Agent, Params, dict[str, AdamState], dict[str, Tensor]]:
+    """A gradient step of the critics, then those of the policy that `noise`, (1 + 2 * steps, B, A), is for."""
+    critics, target, opt, metrics = update_critics(
+        agent, target, opts["critics"], batch, noise[0], args.q_lr, share, actions
+    )
+    agent, opts = agent | {"critics": critics}, opts | {"critics": opt}
+    for i in range(1, len(noise), 2):
+        pair, rates = noise[i : i + 2], (args.policy_lr, args.q_lr)
+        new, opt, logged = update_policy(agent, opts, batch["obs"], pair, *rates, actions, args.autotune)
+        agent, opts, metrics = agent | new, opts | opt, metrics | logged
+    return agent, target, opts, metrics
+
+
 def train(args: Args) -> Run:
     """Train `args.num_seeds` agents; everything is in the run folders afterwards."""
     where = args.make_options
@@ -229,11 +237,9 @@ def train(args: Args) -> Run:
     key = ("sac", args.key, actions)
     collector = Collector(env, partial(act, actions=actions), None, generators, key, args.compile)
     replay = args.replay(env)
-    critics_step = vmap(partial(update_critics, actions=actions), in_dims=(0, 0, 0, 0, 0, None, None))
-    learn_critics = Compiled(critics_step, ("critics", *key), args.compile)
-    policy_step = partial(update_policy, actions=actions, autotune=args.autotune)
-    learn_policy = Compiled(vmap(policy_step, in_dims=(0, 0, 0, 0, None, None)), ("policy", *key), args.compile)
-    policy_lr, q_lr, keep, move = torch.tensor([args.policy_lr, args.q_lr, 0.0, args.tau], device=env.device)
+    step = vmap(partial(update, actions=actions, args=args), in_dims=(0, 0, 0, 0, 0, None))
+    learners = [Compiled(step, ("learn", *key), args.compile, donate=(0, 1, 2)) for _ in range(2)]
+    keep, move = torch.tensor([0.0, args.tau], device=env.device)
 
     def state() -> dict[str, Any]:
         learned = {"params": agent, "target": target, "opts": opts}
@@ -261,15 +267,11 @@ def train(args: Args) -> Run:
                 continue
             first = env_step // args.train_frequency - args.updates_per_cycle
             for gradient_step in range(first, first + args.updates_per_cycle):
-                batch = replay.sample(next(points))
                 share = keep if gradient_step % args.target_network_frequency else move
-                normal = draw(args.batch_size)
-                critics, target, opt, logged = learn_critics(agent, target, opts["critics"], batch, normal, q_lr, share)
-                agent, opts, metrics = agent | {"critics": critics}, opts | {"critics": opt}, metrics | logged
-                for _ in range(0 if gradient_step % args.policy_frequency else args.policy_frequency):
-                    normal = draw(2, args.batch_size)
-                    new, opt, logged = learn_policy(agent, opts, batch["obs"], normal, policy_lr, q_lr)
-                    agent, opts, metrics = agent | new, opts | opt, metrics | logged
+                steps = 0 if gradient_step % args.policy_frequency else args.policy_frequency
+                batch, normal = replay.sample(next(points)), draw(1 + 2 * steps, args.batch_size)
+                agent, target, opts, logged = learners[steps > 0](agent, target, opts, batch, normal, share)
+                metrics |= logged
         run.log(concatenate(rollouts), {f"losses/{name}": x for name, x in metrics.items()})
         if run.evaluation_due:
             test_env = make(args.env, args.evaluation_seeds, 10, *where)

@@ -30,9 +30,9 @@ from torch.func import grad_and_value, vmap
 
 from rl_lab.cli import run
 from rl_lab.compiler import Compiled
-from rl_lab.distributions import Actions, draw_noise
+from rl_lab.distributions import Actions, draw_noise, scaled
 from rl_lab.envs import make
-from rl_lab.networks import Params, flat_size, init_uniform, mlp, stack
+from rl_lab.networks import Params, flat_size, init_uniform, mlp, polyak, q_values, stack
 from rl_lab.offpolicy import OffPolicyArgs
 from rl_lab.optim import AdamState, adam, init_adam
 from rl_lab.replay import Batch, draw_uniform
@@ -76,20 +76,6 @@ def init_params(obs_size: int, actions: Actions, generator: torch.Generator) -> 
     actor = init_uniform("actor", (obs_size, *HIDDEN, actions.num_outputs), generator)
     sizes = (obs_size + actions.num_outputs, *HIDDEN, 1)
     return {"actor": actor, "critics": stack([init_uniform("critic", sizes, generator) for _ in range(2)])}
-
-
-def q_values(critics: Params, obs: Tensor, taken: Tensor) -> Tensor:
-    """Q of each critic: (B, *obs), (B, *shape) -> (E, B)."""
-    inputs = torch.cat([obs.flatten(1).float(), taken.flatten(1)], 1)
-    q: Tensor = vmap(lambda critic: mlp(critic, "critic", inputs, activation=torch.relu))(critics)
-    return q.squeeze(2)
-
-
-def scaled(squashed: Tensor, actions: Actions) -> Tensor:
-    """(B, A), of which [-1, 1] are the bounds, to (B, *shape) in the action space, clipped to it."""
-    columns = zip(squashed.unbind(1), actions.low, actions.high, strict=True)
-    within = [((high + low) / 2 + (high - low) / 2 * x).clamp(low, high) for x, low, high in columns]
-    return torch.stack(within, 1).reshape(-1, *actions.shape)
 
 
 def mu(actor: Params, obs: Tensor) -> Tensor:
@@ -146,7 +132,7 @@ def update_critics(
     opt: AdamState,
     batch: Batch,
     noise: Tensor,
-    learning_rate: Tensor,
+    learning_rate: Tensor | float,
     actions: Actions,
     args: Args,
 ) -> tuple[Params, AdamState, dict[str, Tensor]]:
@@ -157,14 +143,40 @@ def update_critics(
 
 
 def update_policy(
-    agent: Agent, target: Agent, opt: AdamState, obs: Tensor, learning_rate: Tensor, actions: Actions, tau: float
+    agent: Agent,
+    target: Agent,
+    opt: AdamState,
+    obs: Tensor,
+    learning_rate: Tensor | float,
+    actions: Actions,
+    tau: float,
 ) -> tuple[Params, Agent, AdamState, dict[str, Tensor]]:
     """A step of Adam on the actor; then all target networks move by `tau` towards the new ones."""
     grads, loss = grad_and_value(actor_loss)(agent["actor"], agent["critics"], obs, actions)
     actor, opt = adam(agent["actor"], grads, opt, learning_rate, eps=1e-8)
     agent = {**agent, "actor": actor}
-    target = {net: {name: torch.lerp(p, agent[net][name], tau) for name, p in x.items()} for net, x in target.items()}
+    target = {net: polyak(x, agent[net], tau) for net, x in target.items()}
     return actor, target, opt, {"actor_loss": loss}
+
+
+def update(
+    agent: Agent,
+    target: Agent,
+    opts: dict[str, AdamState],
+    batch: Batch,
+    noise: Tensor,
+    actions: Actions,
+    args: Args,
+    delayed: bool,
+) -> tuple[Agent, Agent, dict[str, AdamState], dict[str, Tensor]]:
+    """A gradient step of the critics; then, unless it is `delayed`, one of the actor, after which the targets move."""
+    lr = args.learning_rate
+    critics, opt, metrics = update_critics(agent, target, opts["critics"], batch, noise, lr, actions, args)
+    agent, opts = agent | {"critics": critics}, opts | {"critics": opt}
+    if not delayed:
+        actor, target, opt, logged = update_policy(agent, target, opts["actor"], batch["obs"], lr, actions, args.tau)
+        agent, opts, metrics = agent | {"actor": actor}, opts | {"actor": opt}, metrics | logged
+    return agent, target, opts, metrics
 
 
 def train(args: Args) -> Run:
@@ -182,11 +194,10 @@ def train(args: Args) -> Run:
     choose = partial(act, actions=actions, std=args.exploration_noise)
     collector = Collector(env, choose, None, generators, key, args.compile)
     replay = args.replay(env)
-    critics_step = vmap(partial(update_critics, actions=actions, args=args), in_dims=(0, 0, 0, 0, 0, None))
-    learn_critics = Compiled(critics_step, ("critics", *key), args.compile)
-    policy_step = vmap(partial(update_policy, actions=actions, tau=args.tau), in_dims=(0, 0, 0, 0, None))
-    learn_policy = Compiled(policy_step, ("policy", *key), args.compile)
-    learning_rate = torch.tensor(args.learning_rate, device=env.device)
+    learners = []
+    for delayed in (False, True):
+        step = vmap(partial(update, actions=actions, args=args, delayed=delayed))
+        learners.append(Compiled(step, ("learn", delayed, *key), args.compile, donate=(0, 1, 2)))
 
     def state() -> dict[str, Any]:
         learned = {"params": agent, "target": target, "opts": opts}
@@ -215,11 +226,9 @@ def train(args: Args) -> Run:
             first = env_step // args.train_frequency - args.updates_per_cycle
             for gradient_step in range(first, first + args.updates_per_cycle):
                 batch, normal = replay.sample(next(points)), draw(args.batch_size)
-                critics, opt, logged = learn_critics(agent, target, opts["critics"], batch, normal, learning_rate)
-                agent, opts, metrics = agent | {"critics": critics}, opts | {"critics": opt}, metrics | logged
-                if gradient_step % args.policy_frequency == 0:
-                    actor, target, opt, logged = learn_policy(agent, target, opts["actor"], batch["obs"], learning_rate)
-                    agent, opts, metrics = agent | {"actor": actor}, opts | {"actor": opt}, metrics | logged
+                learner = learners[gradient_step % args.policy_frequency > 0]
+                agent, target, opts, logged = learner(agent, target, opts, batch, normal)
+                metrics |= logged
         run.log(concatenate(rollouts), {f"losses/{name}": x for name, x in metrics.items()})
         if run.evaluation_due:
             test_env = make(args.env, args.evaluation_seeds, 10, *where)

@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
+from torch._functorch.compile_utils import fx_graph_cse
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 
 Function = Callable[..., Any]
@@ -70,7 +71,7 @@ def _nested_scan(step: Function, carry: Any, xs: Any, constants: tuple[Any, ...]
         c, x, rest = (pytree.tree_unflatten(part, spec) for part, spec in zip(parts, treespecs, strict=True))
         new, y = step(c, x, *rest)
         outspec[:] = [pytree.tree_structure(y)]
-        return [x.clone(memory_format=torch.contiguous_format) for x in pytree.tree_leaves((new, y))]
+        return [_dense(x) for x in pytree.tree_leaves((new, y))]
 
     outputs = scan_op(flat, *leaves)
     carry, ys = outputs[: sizes[0]], outputs[sizes[0] :]
@@ -97,23 +98,32 @@ class Compiled:
         key: everything the graph depends on besides shapes and dtypes; its `repr` enters the cache's key, together
             with the core's sources, the versions and the processor.
         enabled: False calls `function` eagerly, for debugging.
+        donate: numbers of the arguments whose memory is given to the first results, in this order: a call overwrites
+            them with these results and returns the very same tensors. Large arrays would otherwise be allocated anew
+            at each call, which costs more than Adam's arithmetic. Such a result must be computed: it may be the
+            argument itself, but not another one.
     Raises:
         NoCompiler: at the first call.
     """
 
-    def __init__(self, function: Function, key: object, enabled: bool = True) -> None:
-        self.function, self.key, self.enabled = function, key, enabled
+    def __init__(self, function: Function, key: object, enabled: bool = True, donate: Sequence[int] = ()) -> None:
+        self.function, self.key, self.enabled, self.donate = function, key, enabled, donate
         self._graph: tuple[Callable[[list[Tensor]], list[Tensor]], Any] | None = None
 
     def __call__(self, *args: Any) -> Any:
         """Trees in, a tree of new tensors out. Shapes, dtypes and devices must be those of the first call."""
+        given = tuple(args[i] for i in self.donate)
         if not self.enabled:
             with torch.no_grad():  # dense memory of their own, as the compiled graph's; kernels round by alignment
-                return pytree.tree_map(lambda x: x.clone(memory_format=torch.contiguous_format), self.function(*args))
+                results = pytree.tree_map(_dense, self.function(*args))
+                if given:
+                    _donate(given, results)
+            return (*given, *results[len(given) :]) if given else results
         leaves: list[Tensor] = []
         _flatten(args, leaves)
         run, shape = self._graph or self._build(leaves, pytree.tree_structure(args))
-        return _unflatten(shape, run(leaves))
+        results = _unflatten(shape, run(leaves))
+        return (*given, *results) if given else results
 
     def on_leaves(self, *args: Any) -> Callable[[list[Tensor]], list[Tensor]]:
         """The same from a list of leaves to a list of leaves, for arguments like `args`.
@@ -127,16 +137,16 @@ class Compiled:
 
     def _build(self, leaves: list[Tensor], treespec: pytree.TreeSpec) -> tuple[Any, Any]:
         signature = [(tuple(x.shape), x.stride(), str(x.dtype), str(x.device)) for x in leaves]
-        described = (self.key, str(treespec), signature, _toolchain())
+        described = (self.key, self.donate, str(treespec), signature, _toolchain())
         folder = cache_folder() / hashlib.sha256(repr(described).encode()).hexdigest()[:32]
         if not folder.exists():
-            _compile(self.function, leaves, treespec, folder)
+            _compile(self.function, leaves, treespec, self.donate, folder)
         try:
             self._graph = _load(folder)
         except Exception as error:  # a torn or foreign file
             warnings.warn(f"{folder} does not load ({error}); compiling again", stacklevel=3)
             shutil.rmtree(folder)
-            _compile(self.function, leaves, treespec, folder)
+            _compile(self.function, leaves, treespec, self.donate, folder)
             self._graph = _load(folder)
         return self._graph
 
@@ -173,14 +183,43 @@ def _unflatten(shape: Any, leaves: list[Tensor]) -> Any:
     return type(shape)(*nodes) if hasattr(shape, "_fields") else type(shape)(nodes)
 
 
-def _compile(function: Function, leaves: list[Tensor], treespec: pytree.TreeSpec, folder: Path) -> None:
+def _dense(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _donate(given: tuple[Any, ...], results: Any) -> None:
+    """Overwrite the trees `given` with the first of `results`."""
+    for old, new in zip(pytree.tree_leaves(given), pytree.tree_leaves(results[: len(given)]), strict=True):
+        if old is not new:
+            old.copy_(new)
+
+
+def _check_donations(graph: torch.fx.GraphModule) -> None:
+    """Raise ValueError if an argument is to be overwritten with another: torch 2.13 does not order such copies."""
+    for node in graph.graph.nodes:
+        if node.target is torch.ops.aten.copy_.default:
+            given, result = node.args[:2]
+            while result.target in (torch.ops.aten.clone.default, torch.ops.aten.view.default):
+                result = result.args[0]
+            if result.op == "placeholder" and result is not given:
+                raise ValueError("a donated argument may not be overwritten with another argument as it is")
+
+
+def _compile(
+    function: Function, leaves: list[Tensor], treespec: pytree.TreeSpec, donate: Sequence[int], folder: Path
+) -> None:
     outspec: list[pytree.TreeSpec] = []
 
     def flat(*leaves: Tensor) -> tuple[Tensor, ...]:
-        outputs, spec = pytree.tree_flatten(function(*pytree.tree_unflatten(leaves, treespec)))
+        args = pytree.tree_unflatten(leaves, treespec)
+        results = function(*args)
+        outputs, spec = pytree.tree_flatten(results[len(donate) :] if donate else results)
         outspec.append(spec)
         # Clones, as outputs that are inputs, or each other, would be shared; dense, as the next call takes them so.
-        return tuple(x.clone(memory_format=torch.contiguous_format) for x in outputs)
+        clones = tuple(map(_dense, outputs))
+        if donate:
+            _donate(tuple(args[i] for i in donate), results)
+        return clones
 
     if not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
         raise NoCompiler(
@@ -193,6 +232,8 @@ def _compile(function: Function, leaves: list[Tensor], treespec: pytree.TreeSpec
         warnings.simplefilter("ignore")  # the compiler's own deprecations
         leaves = [x.clone() for x in leaves]  # two arguments may be one tensor today and two tomorrow
         graph = make_fx(flat, tracing_mode="fake")(*leaves)
+        graph = torch.fx.GraphModule(graph, fx_graph_cse(graph.graph))
+        _check_donations(graph)
         program = torch.export.export(graph, tuple(leaves))
         # torch 2.13 declares a buffer twice in C++ where it reuses what came out of a loop, once loops are nested.
         reuse = not any("." in name for name, _ in graph.named_modules())

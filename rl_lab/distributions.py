@@ -52,6 +52,13 @@ def draw_noise(actions: Actions, shape: tuple[int, ...], generator: torch.Genera
     return noise.normal_(generator=generator) if actions.low else noise.exponential_(generator=generator)
 
 
+def scaled(squashed: Tensor, actions: Actions) -> Tensor:
+    """(B, A), of which [-1, 1] are the bounds, to (B, *shape) in the action space, clipped to it."""
+    columns = zip(squashed.unbind(1), actions.low, actions.high, strict=True)
+    within = [((high + low) / 2 + (high - low) / 2 * x).clamp(low, high) for x, low, high in columns]
+    return torch.stack(within, 1).reshape(-1, *actions.shape)
+
+
 def sample(outputs: Outputs, noise: Tensor | None, actions: Actions) -> tuple[Tensor, Tensor]:
     """Sample actions, or take the likeliest where `noise` is None.
 

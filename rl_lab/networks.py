@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.func import vmap
 
 from rl_lab.compiler import scan
 
@@ -67,6 +68,13 @@ def mlp(
     return x
 
 
+def q_values(critics: Params, obs: Tensor, taken: Tensor) -> Tensor:
+    """Q of each of E critics, whose parameters have a leading axis E: (B, *obs) and (B, *shape) -> (E, B)."""
+    inputs = torch.cat([obs.flatten(1).float(), taken.flatten(1)], 1)
+    q: Tensor = vmap(lambda critic: mlp(critic, "critic", inputs, activation=torch.relu))(critics)
+    return q.squeeze(2)
+
+
 def is_image(space: gym.Space[Any]) -> TypeGuard[gym.spaces.Box]:
     """Whether observations are what the Nature CNN takes: uint8 images (C, 84, 84)."""
     return isinstance(space, gym.spaces.Box) and space.dtype == np.uint8 and space.shape[1:] == (84, 84)
@@ -107,6 +115,11 @@ def nature_cnn(params: Params, name: str, images: Tensor) -> Tensor:
     for layer, (_, _, stride) in enumerate(NATURE_CNN):
         x = F.relu(F.conv2d(x, params[f"{name}.{layer}.weight"], params[f"{name}.{layer}.bias"], stride))
     return F.relu(F.linear(x.flatten(1), params[f"{name}.3.weight"], params[f"{name}.3.bias"])).float()
+
+
+def polyak(target: Params, params: Params, tau: Tensor | float) -> Params:
+    """`target` moved by the share `tau` towards `params`, which it then equals where tau is 1."""
+    return {name: torch.lerp(p, params[name], tau) for name, p in target.items()}
 
 
 def pack(params: Params) -> Tensor:

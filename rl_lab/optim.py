@@ -35,14 +35,14 @@ def adam(
     params: Params,
     grads: Params,
     state: AdamState,
-    learning_rate: Tensor,
+    learning_rate: Tensor | float,
     eps: float,
     betas: tuple[float, float] = (0.9, 0.999),
 ) -> tuple[Params, AdamState]:
     """One step of Adam (Kingma and Ba 2015, Algorithm 1), epsilon outside the corrected root as in torch.optim.Adam.
 
     Args:
-        learning_rate: () tensor, so that annealing it does not compile anew.
+        learning_rate: a () tensor where it is annealed, which then does not compile anew.
     """
     beta1, beta2 = betas
     step = state["step"] + 1

@@ -53,12 +53,12 @@ def test_two_steps() -> None:
     """Guards the projection, the target's greedy action, the cross-entropy, its gradient, and Adam with its epsilon."""
     args = Args(**NUMBERS["flags"], batch_size=12)
     params, target = network("", args), network("target.", args)
-    opt, learning_rate = init_adam(params), torch.tensor(args.learning_rate)
+    opt = init_adam(params)
     for t, columns in enumerate(NUMBERS["batches"]):
         batch = as_batch(columns, args)
         grads, (total, _) = grad_and_value(c51.loss, has_aux=True)(params, target, batch)
         assert total.item() == pytest.approx(NUMBERS["loss"][t], abs=1e-6)
         assert_digests(grads, NUMBERS["gradients"][t])
-        params, opt, metrics = c51.update(params, target, opt, batch, learning_rate, args)
+        params, opt, metrics = c51.update(params, target, opt, batch, args)
         assert torch.equal(metrics["loss"], total)
         assert_digests(params, NUMBERS["params"][t])

@@ -17,7 +17,7 @@ import torch
 
 from rl_lab.algorithms import dqn
 from rl_lab.distributions import Actions
-from rl_lab.networks import Params
+from rl_lab.networks import Params, polyak
 from rl_lab.optim import init_adam
 
 HERE = Path(__file__).parent
@@ -47,8 +47,8 @@ def test_each_update_equals_cleanrls() -> None:
         batch["discounts"] = args.gamma * (~batch["terminated"]).float()
         grads, _ = torch.func.grad_and_value(lambda p, t, b: dqn.loss(p, t, b, args)[0])(params, target, batch)
         assert_digests(grads, expected["gradients"])
-        rates = torch.tensor(args.learning_rate), torch.tensor(args.tau)
-        params, target, opt, metrics = dqn.update(params, target, opt, batch, *rates, args)
+        params, opt, metrics = dqn.update(params, target, opt, batch, args)
+        target = polyak(target, params, args.tau)
         assert_digests(params, expected["params"])
         for name in ("td_loss", "q_values"):
             assert metrics[name].item() == pytest.approx(expected[name], rel=1e-6, abs=1e-6)

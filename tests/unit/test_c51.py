@@ -172,7 +172,7 @@ def test_atoms_stay() -> None:
     """Guards against an optimizer that moves the constants among the parameters."""
     params = c51.init_params(4, TWO, Args(), generator())
     assert params["atoms"][:3].tolist() == [-100, -98, -96] and params["atoms"][-1] == 100
-    new, _, _ = c51.update(params, params, init_adam(params), some_batch(), torch.tensor(0.1), Args())
+    new, _, _ = c51.update(params, params, init_adam(params), some_batch(), Args())
     assert torch.equal(new["atoms"], params["atoms"])
     assert not torch.equal(new["q.0.bias"], params["q.0.bias"])
 

@@ -58,7 +58,7 @@ def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[P
     """An empty cache, and the folders that would be compiled."""
     folders: list[Path] = []
 
-    def record(function: object, leaves: object, treespec: object, folder: Path) -> None:
+    def record(function: object, leaves: object, treespec: object, donate: object, folder: Path) -> None:
         folders.append(folder)
         raise NotImplementedError
 
@@ -133,7 +133,7 @@ def test_torn_file_is_compiled_again(cache: Path, tmp_path: Path, monkeypatch: p
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     compiled = []
 
-    def compile_again(function: object, leaves: object, treespec: object, folder: Path) -> None:
+    def compile_again(function: object, leaves: object, treespec: object, donate: object, folder: Path) -> None:
         compiled.append(folder)
         shutil.copytree(cache / folder.name, folder)  # what compiling gives
 
@@ -152,3 +152,27 @@ def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match=r"needs a C\+\+ compiler .* install one or pass --no-compile"):
         Compiled(running, "running")(*arguments())
     assert not list(tmp_path.rglob("*.pt2"))
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_donated_arguments_hold_the_results(enabled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a result in memory of its own, and against one written before all have been computed."""
+
+    def swap(first: Any, factor: Tensor, second: Any) -> Any:
+        return {"x": second["x"] * factor, "same": first["same"]}, {"x": first["x"] + 0.5}, first["x"] + 1
+
+    monkeypatch.setenv("RL_LAB_CACHE", str(tmp_path))
+    first, second = {"x": torch.tensor([1.0, 2.0]), "same": torch.ones(1)}, {"x": torch.tensor([3.0, 4.0])}
+    graph = Compiled(swap, "swap", enabled, donate=(0, 2))
+    for expected in ([[6.0, 8.0], [1.5, 2.5], [2.0, 3.0]], [[3.0, 5.0], [6.5, 8.5], [7.0, 9.0]]):
+        one, two, rest = graph(first, torch.tensor(2.0), second)
+        assert one is first and two is second
+        assert [one["x"].tolist(), two["x"].tolist(), rest.tolist()] == expected
+        assert one["same"].tolist() == [1.0]
+
+
+def test_a_donated_argument_gets_no_other_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a copy of what may have been overwritten before."""
+    monkeypatch.setenv("RL_LAB_CACHE", str(tmp_path))
+    with pytest.raises(ValueError, match="overwritten with another argument"):
+        Compiled(lambda x, y: (y.clone(), x + y), "clone", donate=(0,))(torch.ones(2), torch.zeros(2))

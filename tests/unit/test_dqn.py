@@ -18,7 +18,7 @@ from rl_lab.algorithms import dqn
 from rl_lab.algorithms.dqn import Args
 from rl_lab.distributions import Actions
 from rl_lab.envs.classic import CLASSIC
-from rl_lab.networks import Params
+from rl_lab.networks import Params, polyak
 from rl_lab.optim import init_adam
 from rl_lab.replay import Batch, Replay
 from rl_lab.vector import TensorEnv
@@ -137,8 +137,8 @@ def test_target_network(share: float, expected: float) -> None:
 
     Adam's first step is the learning rate against the gradient's sign: the slope of action 0 goes from 1 to 0.99.
     """
-    rates = torch.tensor(0.01), torch.tensor(share)
-    params, target, _, _ = dqn.update(ONLINE, TARGET, init_adam(ONLINE), three_rows(), *rates, Args())
+    params, *_ = dqn.update(ONLINE, TARGET, init_adam(ONLINE), three_rows(), Args(learning_rate=0.01))
+    target = polyak(TARGET, params, share)
     assert params["q.0.weight"][0, 0].item() == pytest.approx(0.99, abs=1e-6)
     assert target["q.0.weight"][0, 0].item() == pytest.approx(expected, abs=1e-6)
 
@@ -223,18 +223,15 @@ def test_update_counts(
     trained: Trained, monkeypatch: pytest.MonkeyPatch, flags: dict[str, int], updates: int, moves: list[int]
 ) -> None:
     """Guards gradient steps per env step whatever the number of environments, and the target's one move when due."""
-    shares: list[float] = []
-    over_seeds = dqn.over_seeds
-
-    def recording(*wrapped: Any) -> Any:
-        update = over_seeds(*wrapped)
-        return lambda *arguments: (shares.append(arguments[5].item()), update(*arguments))[1]
-
-    monkeypatch.setattr(dqn, "over_seeds", recording)
+    steps, seen, shares = [], [], []
+    adam, polyak = dqn.adam, dqn.polyak
+    monkeypatch.setattr(dqn, "adam", lambda *args, **kwargs: (steps.append(1), adam(*args, **kwargs))[1])
+    monkeypatch.setattr(
+        dqn, "polyak", lambda *args: (seen.append(len(steps)), shares.append(args[2]), polyak(*args))[2]
+    )
     state = trained(replace(SMALL, tau=0.25, **flags))
-    assert state["opt"]["step"].tolist() == [updates] == [len(shares)]
-    assert [i + 1 for i, share in enumerate(shares) if share] == moves
-    assert {*shares} == {0.0, 0.25}
+    assert state["opt"]["step"].tolist() == [updates] == [len(steps)]
+    assert seen == moves and {*shares} == {0.25}
 
 
 def test_hard_update(trained: Trained) -> None:

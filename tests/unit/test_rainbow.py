@@ -187,7 +187,7 @@ def test_atoms_stay() -> None:
     """Guards against an optimizer that moves the constants among the parameters."""
     params = some_params()
     noise = rainbow.draw_layers(params, (3,), generator())
-    new, _, _ = rainbow.update(params, params, init_adam(params), some_batch(), noise, torch.tensor(0.1))
+    new, _, _ = rainbow.update(params, params, init_adam(params), some_batch(), noise, Args())
     assert torch.equal(new["atoms"], params["atoms"])
     assert not any(torch.equal(new[name], p) for name, p in params.items() if name != "atoms")
 

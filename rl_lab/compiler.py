@@ -119,8 +119,7 @@ class Compiled:
                 if given:
                     _donate(given, results)
             return (*given, *results[len(given) :]) if given else results
-        leaves: list[Tensor] = []
-        _flatten(args, leaves)
+        leaves = leaves_of(args)
         run, shape = self._graph or self._build(leaves, pytree.tree_structure(args))
         results = _unflatten(shape, run(leaves))
         return (*given, *results) if given else results
@@ -130,9 +129,11 @@ class Compiled:
 
         For loops of small calls, where taking trees apart would cost as much as the arithmetic.
         """
+        if self._graph:
+            return self._graph[0]
         leaves, treespec = pytree.tree_flatten(args)
         if self.enabled:
-            return (self._graph or self._build(leaves, treespec))[0]
+            return self._build(leaves, treespec)[0]  # type: ignore[no-any-return]
         return lambda leaves: pytree.tree_leaves(self(*pytree.tree_unflatten(leaves, treespec)))
 
     def _build(self, leaves: list[Tensor], treespec: pytree.TreeSpec) -> tuple[Any, Any]:
@@ -166,12 +167,15 @@ def _load(folder: Path) -> tuple[Any, Any]:
 # The same as torch's `pytree` for trees of dicts, lists and tuples, at a fifth of the time, which small calls feel.
 
 
-def _flatten(tree: Any, leaves: list[Tensor]) -> None:
+def leaves_of(tree: Any) -> list[Tensor]:
+    """The tensors of a tree, in order."""
+    leaves: list[Tensor] = []
     for node in tree.values() if isinstance(tree, dict) else tree:
         if isinstance(node, Tensor):
             leaves.append(node)
         else:
-            _flatten(node, leaves)
+            leaves += leaves_of(node)
+    return leaves
 
 
 def _unflatten(shape: Any, leaves: list[Tensor]) -> Any:

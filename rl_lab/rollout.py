@@ -24,7 +24,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.func import vmap
 
-from rl_lab.compiler import Compiled, scan
+from rl_lab.compiler import Compiled, leaves_of, scan
 from rl_lab.networks import is_image
 from rl_lab.normalize import begin
 from rl_lab.vector import Step, TensorEnv, VectorEnv
@@ -69,6 +69,8 @@ def on_device(tree: Any, device: torch.device) -> Any:
 
 def concatenate(rollouts: Sequence[Rollout]) -> Rollout:
     """Rollouts one after the other, (T1, B, ...), (T2, B, ...), ... to (T1 + T2 + ..., B, ...)."""
+    if len(rollouts) == 1:
+        return rollouts[0]
     return {name: torch.cat([rollout[name] for rollout in rollouts]) for name in rollouts[0]}
 
 
@@ -187,7 +189,7 @@ class Collector:
 
     def _steps(self, params: Any, noise: Tensor) -> Rollout:
         env, obs, memory, rows = self.env, self.obs, self.memory, []
-        weights, (normalizer, treespec) = pytree.tree_leaves(params), pytree.tree_flatten(self.normalizer)
+        weights, (normalizer, treespec) = leaves_of(params), pytree.tree_flatten(self.normalizer)
         act = observe = None
         for noise_t in noise.unbind():
             inputs = _inputs(obs, env.action_mask)

@@ -28,7 +28,7 @@ from torch.func import grad_and_value, vmap
 
 from rl_lab.cli import run
 from rl_lab.compiler import Compiled
-from rl_lab.distributions import Actions
+from rl_lab.distributions import Actions, of_action, project
 from rl_lab.envs import make
 from rl_lab.networks import Params, flat_size, init_uniform, is_image, mlp, stack
 from rl_lab.offpolicy import OffPolicyArgs
@@ -95,31 +95,6 @@ def act(params: Params, inputs: Inputs, noise: Tensor | None) -> tuple[Tensor, T
     if noise is not None:
         actions = torch.where(noise < 0, actions, noise)
     return actions, actions
-
-
-def of_action(values: Tensor, actions: Tensor) -> Tensor:
-    """(B, A, n_atoms) and (B,) -> (B, n_atoms)."""
-    return values.gather(1, actions.view(-1, 1, 1).expand(-1, 1, values.shape[2])).squeeze(1)
-
-
-def project(probabilities: Tensor, atoms: Tensor, rewards: Tensor, discounts: Tensor) -> Tensor:
-    """Distribution of r + discount * Z on the atoms again, the mass of each shared by its two neighbours [Eq. 7].
-
-    Args:
-        probabilities: (B, n_atoms) of Z on the atoms.
-        atoms: (n_atoms,) evenly spaced, ascending.
-        rewards, discounts: (B,).
-    Returns:
-        (B, n_atoms); rows sum to 1, what falls beyond the first or the last atom counts there.
-    """
-    last = len(atoms) - 1
-    moved = rewards.unsqueeze(1) + discounts.unsqueeze(1) * atoms
-    place = ((moved - atoms[0]) / ((atoms[-1] - atoms[0]) / last)).clamp(0, last)  # in atoms from the first
-    # Algorithm 1 shares between floor and ceil, which loses the mass of an integral place. The next atom above gets 0.
-    lower = place.floor().clamp(max=last - 1)
-    upper_share, index = place - lower, lower.long()
-    shared = torch.zeros_like(probabilities).scatter_add(1, index, probabilities * (1 - upper_share))
-    return shared.scatter_add(1, index + 1, probabilities * upper_share)
 
 
 def targets(target: Params, batch: Batch) -> Tensor:

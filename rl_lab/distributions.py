@@ -1,4 +1,5 @@
-"""Action distributions over Discrete, MultiDiscrete and Box spaces, from the numbers that a network puts out."""
+"""Distributions from the numbers that a network puts out: of actions in Discrete, MultiDiscrete and Box spaces, and of
+returns on fixed atoms."""
 
 from __future__ import annotations
 
@@ -90,3 +91,32 @@ def logprob_and_entropy(outputs: Outputs, taken: Tensor, actions: Actions) -> tu
     choices = taken.reshape(-1, len(components), 1).unbind(1)
     chosen = [p.gather(1, choice).squeeze(1) for p, choice in zip(components, choices, strict=True)]
     return torch.stack(chosen).sum(0), torch.stack([-(p.exp() * p).sum(1) for p in components]).sum(0)
+
+
+def of_action(distributions: Tensor, actions: Tensor) -> Tensor:
+    """Each row's distribution under its own action: (B, A, n_atoms) and (B,) -> (B, n_atoms)."""
+    return distributions.gather(1, actions.view(-1, 1, 1).expand(-1, 1, distributions.shape[2])).squeeze(1)
+
+
+def project(probabilities: Tensor, atoms: Tensor, rewards: Tensor, discounts: Tensor) -> Tensor:
+    """Distribution of r + discount * Z on the atoms again, the mass of each shared by its two neighbours.
+
+    m_i = sum_j clip(1 - |clip(r + discount * z_j, z_first, z_last) - z_i| / dz, 0, 1) * p_j
+
+    Bellemare, Dabney and Munos 2017, A distributional perspective on reinforcement learning, arXiv:1707.06887, Eq. 7.
+
+    Args:
+        probabilities: (B, n_atoms) of Z on the atoms.
+        atoms: (n_atoms,) evenly spaced, ascending.
+        rewards, discounts: (B,).
+    Returns:
+        (B, n_atoms); rows sum to 1, what falls beyond the first or the last atom counts there.
+    """
+    last = len(atoms) - 1
+    moved = rewards.unsqueeze(1) + discounts.unsqueeze(1) * atoms
+    place = ((moved - atoms[0]) / ((atoms[-1] - atoms[0]) / last)).clamp(0, last)  # in atoms from the first
+    # The paper shares between floor and ceil, which loses the mass of an integral place. The next atom above gets 0.
+    lower = place.floor().clamp(max=last - 1)
+    upper_share, index = place - lower, lower.long()
+    shared = torch.zeros_like(probabilities).scatter_add(1, index, probabilities * (1 - upper_share))
+    return shared.scatter_add(1, index + 1, probabilities * upper_share)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.func import grad_and_value
 
 import rl_lab
-from rl_lab.algorithms import c51, rainbow
+from rl_lab.algorithms import c51
 from rl_lab.algorithms.c51 import Args
 from rl_lab.compiler import Compiled
 from rl_lab.distributions import Actions
@@ -51,58 +51,6 @@ def constant(rows: list[list[float]], atoms: list[float]) -> Params:
     params |= {"trunk.1.weight": torch.zeros(84, 120), "trunk.1.bias": torch.zeros(84)}
     params |= {"q.0.weight": torch.zeros(len(rows) * len(atoms), 84), "q.0.bias": torch.tensor(rows).flatten().log()}
     return params | {"atoms": torch.tensor(atoms)}
-
-
-# --- projection -------------------------------------------------------------------------------------------------------
-
-SPREAD = [0.1, 0.2, 0.4, 0.2, 0.1]
-PROJECT = pytest.mark.parametrize("project", [c51.project, rainbow.project], ids=["c51", "rainbow"])
-
-
-@PROJECT
-@pytest.mark.parametrize(
-    ("probabilities", "reward", "discount", "expected"),
-    [
-        ([0, 0, 1, 0, 0], 0.25, 1, [0, 0, 0.75, 0.25, 0]),  # a quarter of the way to the next
-        ([0, 0, 1, 0, 0], -0.25, 1, [0, 0.25, 0.75, 0, 0]),
-        (SPREAD, 0, 1, SPREAD),  # every place is integral
-        (SPREAD, 1, 1, [0, 0.1, 0.2, 0.4, 0.3]),  # what would leave the last atom stays there
-        (SPREAD, -2, 1, [0.7, 0.2, 0.1, 0, 0]),
-        ([1, 0, 0, 0, 0], 0, 0.25, [0, 0.5, 0.5, 0, 0]),  # -2 becomes -0.5
-        ([0, 0, 0, 0.5, 0.5], 0, 0.5, [0, 0, 0.25, 0.75, 0]),  # 1 becomes 0.5, 2 becomes 1
-        (SPREAD, 1, 0, [0, 0, 0, 1, 0]),  # nothing follows the end: all mass at the reward,
-        (SPREAD, 1.5, 0, [0, 0, 0, 0.5, 0.5]),
-        (SPREAD, 2, 0, [0, 0, 0, 0, 1]),  # also on the last atom,
-        (SPREAD, -2, 0, [1, 0, 0, 0, 0]),  # the first,
-        (SPREAD, 50, 0, [0, 0, 0, 0, 1]),  # and beyond them
-        (SPREAD, -50, 0, [1, 0, 0, 0, 0]),
-    ],
-)
-def test_projection_by_hand(
-    project: Any, probabilities: list[float], reward: float, discount: float, expected: list[float]
-) -> None:
-    """Guards against mass lost at integral places or beyond the ends, and against neighbours exchanged."""
-    atoms = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0])
-    rows = (torch.tensor([x], dtype=torch.float32) for x in (probabilities, reward, discount))
-    found = project(next(rows), atoms, *rows)
-    assert found[0].tolist() == pytest.approx(expected, abs=1e-6)
-
-
-@PROJECT
-def test_projection_keeps_mass_and_mean(project: Any) -> None:
-    """Guards against rounding at atoms that binary fractions miss (0.4 apart): rows sum to 1, nothing is negative, and
-    the mean is r + discount * E[Z] where nothing is clipped."""
-    random, atoms = generator(), torch.linspace(-10, 10, 51)
-    probabilities = torch.rand(1000, 51, generator=random).softmax(1)
-    rewards = 0.4 * torch.randint(-40, 41, (1000,), generator=random)  # mostly on an atom, some beyond the ends
-    discounts = torch.where(torch.rand(1000, generator=random) < 0.5, 0.9, 0.0)
-    found = project(probabilities, atoms, rewards, discounts)
-    torch.testing.assert_close(found.sum(1), torch.ones(1000), rtol=0, atol=1e-5)
-    assert found.min() >= 0
-    inside = rewards.abs() + 10 * discounts <= 10
-    assert 100 < inside.sum() < 900
-    mean = rewards + discounts * (probabilities @ atoms)
-    torch.testing.assert_close((found @ atoms)[inside], mean[inside], rtol=0, atol=1e-4)
 
 
 # --- policy, loss and update ------------------------------------------------------------------------------------------

@@ -1,5 +1,4 @@
-"""Rainbow's parts and its training loop; each test names the bug it guards. The projection is tested with C51's, parity
-with CleanRL in tests/parity."""
+"""Rainbow's parts and its training loop; each test names the bug it guards. Parity with CleanRL is in tests/parity."""
 
 from __future__ import annotations
 

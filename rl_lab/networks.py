@@ -83,18 +83,21 @@ def is_image(space: gym.Space[Any]) -> TypeGuard[gym.spaces.Box]:
 NATURE_CNN = ((32, 8, 4), (64, 4, 2), (64, 3, 1))  # filters, kernel and stride of its convolutions
 
 
-def init_nature_cnn(name: str, channels: int, generator: torch.Generator, orthogonal: bool = True) -> Params:
+def init_nature_cnn(
+    name: str, channels: int, generator: torch.Generator, orthogonal: bool = True, linear: bool = True
+) -> Params:
     """Layers 0 to 2 are convolutions, layer 3 is linear.
 
     Args:
         orthogonal: orthogonal weights with gain sqrt(2) and zero biases, else torch's default as in `init_uniform`.
+        linear: False leaves layer 3 out, for `convolutions` alone.
     """
     shapes, inputs = [], channels
     for filters, kernel, _ in NATURE_CNN:
         shapes.append((filters, inputs, kernel, kernel))
         inputs = filters
     params: Params = {}
-    for layer, shape in enumerate([*shapes, (512, inputs * 7 * 7)]):
+    for layer, shape in enumerate([*shapes, (512, inputs * 7 * 7)] if linear else shapes):
         weight, bias = torch.empty(shape, device=generator.device), torch.zeros(shape[0], device=generator.device)
         if orthogonal:
             torch.nn.init.orthogonal_(weight, 2**0.5, generator=generator)
@@ -111,10 +114,16 @@ def nature_cnn(params: Params, name: str, images: Tensor) -> Tensor:
 
     Mnih et al. 2015, Human-level control through deep reinforcement learning, Methods, "Model architecture".
     """
+    x = convolutions(params, name, images)
+    return F.relu(F.linear(x, params[f"{name}.3.weight"], params[f"{name}.3.bias"])).float()
+
+
+def convolutions(params: Params, name: str, images: Tensor) -> Tensor:
+    """The Nature CNN without its linear layer: (B, C, 84, 84) uint8 -> (B, 3136) in the parameters' dtype."""
     x = images.to(params[f"{name}.0.weight"].dtype) / 255  # detail 22 of PPO, after Huang et al. 2022
     for layer, (_, _, stride) in enumerate(NATURE_CNN):
         x = F.relu(F.conv2d(x, params[f"{name}.{layer}.weight"], params[f"{name}.{layer}.bias"], stride))
-    return F.relu(F.linear(x.flatten(1), params[f"{name}.3.weight"], params[f"{name}.3.bias"])).float()
+    return x.flatten(1)
 
 
 def polyak(target: Params, params: Params, tau: Tensor | float) -> Params:

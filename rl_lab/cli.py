@@ -26,6 +26,7 @@ from rl_lab.compiler import NoCompiler
 from rl_lab.episodes import evaluation_seeds
 from rl_lab.log import RunLog
 
+_ONE_PROCESS = {"resume", "stop_at"}  # flags of a process, not of its run
 _UNIT = ("in [0, 1]", lambda x: 0 <= x <= 1)
 _POSITIVE = ("finite and above 0", lambda x: 0 < x < math.inf)
 _WEIGHT = ("finite and 0 or more", lambda x: 0 <= x < math.inf)
@@ -66,6 +67,8 @@ class RunArgs:
     """env steps of one seed between checkpoints; 0 for the first and last only"""
     eval_every: int = 0
     """env steps of one seed between evaluations of 10 episodes, logged as eval/episodic_return; 0 for none"""
+    stop_at: int = 0
+    """env step of one seed to stop at, checkpointed; --resume goes on from there; 0 for the end"""
     resume: Path | None = None
     """run folder to continue; its flags hold, and those given must agree with them, but for --checkpoint-every, and a
     larger --total-timesteps where nothing is annealed, which prolongs the run"""
@@ -78,6 +81,7 @@ class RunArgs:
             elif field.name in _RANGES and (value := getattr(self, field.name)) is not None:
                 wanted, valid = _RANGES[field.name]
                 self.require(field.name, valid(value), wanted)
+        self.require("stop_at", self.stop_at <= self.total_timesteps, f"at most {self.total_timesteps}, the whole run")
         self.require("seed", self.seed + self.num_seeds <= 2**63, "below 2**63, the last one too")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: torch finds no CUDA device here; --device cpu works")
@@ -87,7 +91,7 @@ class RunArgs:
         if not valid:
             raise ValueError(f"{flag(field)} {getattr(self, field)} must be {wanted}")
 
-    may_be_zero: ClassVar[set[str]] = {"seed", "checkpoint_every", "eval_every"}
+    may_be_zero: ClassVar[set[str]] = {"seed", "checkpoint_every", "eval_every", "stop_at"}
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -134,7 +138,7 @@ class RunArgs:
         return inspect.getsource(sys.modules[type(self).__module__]), self.algorithm_fields()
 
     def to_json(self) -> dict[str, Any]:
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "resume"}
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _ONE_PROCESS}
         return {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}
 
 
@@ -144,11 +148,11 @@ def flag(field: str) -> str:
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asked the run to stop. No `Exception`, which a compiler at work would take for its own.
+    """A signal, or --stop-at, asked the run to stop. No `Exception`, which a compiler at work would take for its own.
 
     Args:
         message: how to continue.
-        status: exit status of the process, 128 and the signal's number as in a shell.
+        status: exit status of the process: 128 and the signal's number as in a shell, or 0.
     """
 
     def __init__(self, message: str, status: int) -> None:
@@ -196,7 +200,7 @@ def parse(argv: Sequence[str], args_type: type[RunArgs], defaults: Callable[[str
         config = RunLog.open(Path(folder)).config
     except ValueError as error:
         raise ValueError(f"--resume {error}; name one that training made") from None
-    fields = {field.name for field in dataclasses.fields(args_type)} - {"resume"}
+    fields = {field.name for field in dataclasses.fields(args_type)} - _ONE_PROCESS
     if config.get("args", {}).keys() != fields:
         raise ValueError(f"--resume {folder}: a run of {config.get('algo')} with other flags than this command's")
     paths = {f.name for f in dataclasses.fields(args_type) if "Path" in str(f.type)}

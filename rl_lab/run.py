@@ -75,8 +75,9 @@ class Run:
         """Indices of the iterations to do, each of `steps` env steps a seed; checkpoints between them.
 
         Raises:
-            Stopped: after SIGINT or SIGTERM, once the running iteration is finished and checkpointed; at once for a
-                second signal, and in the first iteration, which may be compiling for long and has little to lose.
+            Stopped: at --stop-at; after SIGINT or SIGTERM, once the running iteration is finished and checkpointed; at
+                once for a second signal, and in the first iteration, which may be compiling for long and has little to
+                lose.
         """
         self.steps_per_iteration = steps
         first, caught = self.iteration, []
@@ -86,20 +87,23 @@ class Run:
         def stop(number: int, _: object) -> None:
             caught.append(number)
             if len(caught) > 1 or self.iteration == first:
-                raise self._stopped(number)
+                raise self._stopped(signal.Signals(number).name, 128 + number)
 
         handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         self.progress = Progress(num_iterations * steps, len(self.args.seeds))
         self.started, self.flushed = time.monotonic() - self.elapsed, time.monotonic()
         try:
             while self.iteration < num_iterations:
+                if self._stops_here:
+                    raise self._stopped(f"--stop-at {self.args.stop_at}", 0)
                 yield self.iteration
                 self.iteration += 1
                 self.elapsed = time.monotonic() - self.started
-                if caught or self._due(self.args.checkpoint_every) or self.iteration == num_iterations:
+                last = self.iteration == num_iterations
+                if caught or last or self._stops_here or self._due(self.args.checkpoint_every):
                     self.checkpoint()
                 if caught:
-                    raise self._stopped(caught[0])
+                    raise self._stopped(signal.Signals(caught[0]).name, 128 + caught[0])
         except OSError as error:
             raise self._refused(error) from None
         finally:
@@ -221,10 +225,14 @@ class Run:
     def _due(self, every: int) -> bool:
         return _crosses(self.iteration - 1, self.steps_per_iteration, every)
 
-    def _stopped(self, number: int) -> Stopped:
+    @property
+    def _stops_here(self) -> bool:
+        return 0 < self.args.stop_at <= self.iteration * self.steps_per_iteration
+
+    def _stopped(self, cause: str, status: int) -> Stopped:
         step = self.checkpointed * self.steps_per_iteration
         how = f"checkpointed at step {step}; continue with --resume {self.logs.folders[0]}"
-        return Stopped(f"{signal.Signals(number).name}: stopped, {how}", 128 + number)
+        return Stopped(f"{cause}: stopped, {how}", status)
 
     def _refused(self, error: OSError) -> OSError:
         return OSError(f"{error}; make room, then continue with --resume {self.logs.folders[0]}")

@@ -60,6 +60,23 @@ def test_signals(lab: Lab, tmp_path: Path, numbers: list[int], iteration: int, s
     assert model.keys() == expected.keys() and all(torch.equal(x, expected[name]) for name, x in model.items())
 
 
+def test_stop_at(lab: Lab, tmp_path: Path) -> None:
+    """--stop-at ends after the iteration that reaches it, again if asked again; then the run goes on to its end."""
+    ended = lab.train(tmp_path, "--stop-at", "90")
+    (folder,) = lab.folders(tmp_path)
+    told = f"--stop-at 90: stopped, checkpointed at step 96; continue with --resume {folder}\n"
+    assert (ended.err, ended.status) == (told, 0)
+    again = lab.run("--resume", folder, "--stop-at", "90")
+    assert (again.err, again.status) == (told, 0)
+    assert not (folder / "model.safetensors").exists()
+    assert lab.run("--resume", folder).status == 0
+    (whole,) = lab.trained(tmp_path / "whole")
+    model, expected = (checkpoint.load_tensors(run / "model.safetensors")[0] for run in (folder, whole))
+    assert all(torch.equal(x, expected[name]) for name, x in model.items())
+    refused = lab.train(tmp_path, "--stop-at", "321")
+    assert refused.err == "error: --stop-at 321 must be at most 320, the whole run\n"
+
+
 def test_ctrl_c_before_the_first_iteration(lab: Lab, tmp_path: Path) -> None:
     early = (  # with Python's handler, which a background process of a shell does not get
         "import signal, rl_lab.envs as e; signal.signal(signal.SIGINT, signal.default_int_handler);"

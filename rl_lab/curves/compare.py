@@ -49,6 +49,7 @@ class Result:
 
     Attributes:
         verdict: a key of EXIT_CODES.
+        budget, whole: env steps up to which the finding holds, and of the runs' whole budget.
         tests: the final score and the normalised area; empty where there are no per-seed logs.
         scores, areas: statistic of each run, by side ("ours", "reference").
         curves: (R, G) learning curves on the common grid, by side.
@@ -62,6 +63,7 @@ class Result:
     verdict: str
     reference: str
     budget: int
+    whole: int
     seeds: dict[str, list[int]]
     scores: dict[str, Floats]
     areas: dict[str, Floats]
@@ -200,11 +202,12 @@ def judge(ours: Sequence[Run], reference: Reference, margin: str | None = None, 
         verdict="no reference",
         reference=reference.name,
         budget=budget,
+        whole=whole,
         seeds={side: [run.seed for run in runs] for side, runs in sides.items()},
         scores=scores,
         areas={side: statistics.normalised_area(curve) for side, curve in curves.items()},
         curves=curves,
-        notes=_notes(ours, theirs) + _published(first.script, first.env, scores["ours"], budget),
+        notes=_notes(ours, theirs) + _published(first.script, first.env, scores["ours"], budget, whole),
         provenance=reference.provenance,
         versions={"ours": first.config.get("versions", {}), "reference": reference.provenance.get("versions", {})},
     )
@@ -360,7 +363,7 @@ def _equal(run: Run, other: Run) -> bool:
     return np.array_equal(run.steps, other.steps) and np.array_equal(run.returns, other.returns)
 
 
-def _published(script: str, env: str, scores: Floats, budget: int) -> list[str]:
+def _published(script: str, env: str, scores: Floats, budget: int, whole: int) -> list[str]:
     """Our final score beside CleanRL's documented one, in its convention: mean and ddof-0 deviation over seeds."""
     notes = []
     for row in store.published(script, env):
@@ -369,28 +372,40 @@ def _published(script: str, env: str, scores: Floats, budget: int) -> list[str]:
         steps, source = row["total_timesteps"] or "unknown", f"{row['source']} at {row['commit'][:8]}"
         notes.append(
             f"published, informs only: {mean:.1f} ± {deviation:.1f} ({kind}, {row['seeds']} seeds, {steps} steps, "
-            f"{source}); ours {scores.mean():.1f} ± {scores.std():.1f} ({len(scores)} seeds, {budget} steps), "
-            f"difference {scores.mean() - mean:+.1f}"
+            f"{source}); ours {scores.mean():.1f} ± {scores.std():.1f} ({len(scores)} seeds, {budget} steps)"
+            + (f", difference {scores.mean() - mean:+.1f}" if budget == whole else "")
         )
     return notes
 
 
 def _read_curve(path: Path, script: str, env: str) -> Floats | None:
-    """(K, 2) mean curve from a CSV with columns algo, env_id, global_step, episodic_return; None for other files."""
+    """(K, 2) mean curve from a CSV with columns algo, env_id, global_step, and episodic_return or return_mean.
+
+    None for other files. `algo` is CleanRL's script, or the algorithm's name alone.
+    """
     if not path.is_file() or path.suffix != ".csv":
         return None
     with path.open() as file:
         reader = csv.DictReader(file)
-        if not {"algo", "env_id", "global_step", "episodic_return"} <= set(reader.fieldnames or ()):
+        names = {name.strip() for name in reader.fieldnames or ()}
+        column = next((name for name in ("episodic_return", "return_mean") if name in names), "")
+        if not column or not {"algo", "env_id", "global_step"} <= names:
             return None
-        rows = [row for row in reader if row["algo"] == script]
+        table = list(reader)
+    rows = [row for row in table if row["algo"] == script] or [
+        row for row in table if row["algo"] == script.split("_")[0]
+    ]
     _refuse_other_version(env, [row["env_id"] for row in rows])
-    points = [(float(row["global_step"]), float(row["episodic_return"])) for row in rows if row["env_id"] == env]
+    points = [(float(row["global_step"]), float(row[column])) for row in rows if row["env_id"] == env]
     return np.array(sorted(points)) if points else None
 
 
 def _curve_findings(ours: Floats, curve: Floats, budget: int) -> list[str]:
-    """End point, and the steps at which a quarter, half and three quarters of the reference's climb are reached."""
+    """End point, and the steps at which a quarter, half and three quarters of the reference's climb are reached.
+
+    Of a curve that goes on beyond `budget`, the part until there.
+    """
+    curve = curve[: max(1, int((curve[:, 0] <= budget).sum()))]
     ours, last = statistics.iqm(ours, axis=0), curve[-1]
     at = (np.arange(len(ours)) + 0.5) * budget / len(ours)
     found = [f"curve's end: {last[1]:.1f} at step {last[0]:,.0f}; ours there {np.interp(last[0], at, ours):.1f} (IQM)"]

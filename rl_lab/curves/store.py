@@ -56,6 +56,8 @@ class Run:
     @property
     def script(self) -> str:
         """The CleanRL script that this run is compared with."""
+        if "script" in self.config:  # of results that were kept
+            return str(self.config["script"])
         if self.config and self.env.endswith("NoFrameskip-v4"):
             return f"{self.algo}_atari"
         return SCRIPTS.get((self.algo, self.config.get("action_space", "")), self.algo)

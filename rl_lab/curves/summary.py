@@ -30,7 +30,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from rl_lab.curves import plot, statistics, store
-from rl_lab.curves.compare import Equivalence, Result, common_budget, find_reference, judge, require_finished
+from rl_lab.curves.compare import Equivalence, Result, common_budget, find_reference, judge
 from rl_lab.curves.statistics import Floats, Interval
 from rl_lab.curves.store import Run
 
@@ -42,8 +42,9 @@ READING = """
 Seeds are ours : CleanRL's. The four figures after them are of the mean return in a run's last 100 training episodes,
 over seeds: IQM with its bootstrap interval, and mean ± std as CleanRL prints it. The verdicts, with their margins, are
 on this score and on the area under the learning curve ([how](docs/curves.md)); where no runs of CleanRL were measured,
-its published figure informs. `runs/reproduce.sh {algo} ENVIRONMENT` makes a row again;
-[runs/results/{algo}](runs/results/{algo}) has every episode, with command, commit, versions and hardware."""
+its published figure informs. A run whose row names a step was stopped there; published figures are of whole budgets.
+`runs/reproduce.sh {algo} ENVIRONMENT` makes a row again; [runs/results/{algo}](runs/results/{algo}) has every episode,
+with command, commit, versions and hardware."""
 
 
 def keep(runs: Sequence[Run], target: Path) -> Path:
@@ -55,11 +56,9 @@ def keep(runs: Sequence[Run], target: Path) -> Path:
     Returns:
         the CSV written; equal input gives equal bytes.
     Raises:
-        ValueError: if a seed is missing or foreign, there is but one, or a run was stopped early.
+        ValueError: if a seed is missing or foreign.
     """
     first = min(runs, key=lambda run: run.seed)
-    if len(runs) < 2:
-        raise ValueError(f"{first.path} is a single run, which has no interval: train several with --num-seeds 10")
     trained, given = first.config.get("group", []), [run.path.resolve().name for run in runs]
     if sorted(trained) != sorted(given):
         raise ValueError(
@@ -67,8 +66,7 @@ def keep(runs: Sequence[Run], target: Path) -> Path:
             f"{len(set(trained) & set(given))} are among the {len(given)} runs given: give all of them and no others"
         )
     note = {"script": first.script, "env": first.env, "algo": first.algo, "seeds": first.config["seeds"]}
-    require_finished(runs, budget := common_budget(runs))
-    note |= {"total_timesteps": budget, "semantics": first.config["semantics"]}
+    note |= {"total_timesteps": common_budget(runs), "semantics": first.config["semantics"]}
     # The folder as it is named here, not as it lay on the machine that trained.
     note["command"] = first.config["command"].replace(first.config["args"]["runs_dir"], str(first.path.parent))
     note |= {name: first.config[name] for name in ("versions", "git_commit", "hardware")}
@@ -93,8 +91,10 @@ def judge_all(folder: Path) -> list[Result]:
 
 
 def interval(scores: Floats) -> Interval:
-    """IQM of (..., R) scores with its interval at LEVEL, stretched for few runs as the harness's are."""
+    """IQM of (..., R) scores with its interval at LEVEL, stretched for few runs as the harness's are; one has none."""
     runs, tail = scores.shape[-1], (1 + LEVEL) / 2
+    if runs == 1:
+        return Interval(scores[..., 0], scores[..., 0], scores[..., 0])
     stretch = math.sqrt(runs / (runs - 1)) * statistics.t_quantile(tail, runs - 1) / NormalDist().inv_cdf(tail)
     iqm = statistics.iqm(scores)
     deviations = statistics.iqm(statistics.resample(scores, np.random.default_rng(0))) - iqm
@@ -119,8 +119,9 @@ def table(results: Sequence[Result], algo: str) -> str:
             document, _, line = row["source"].partition(":")
             source = f"https://github.com/vwxyzjn/cleanrl/blob/{row['commit']}/{document}?plain=1#L{line}"
             published = f"[{_number(float(row['mean']))} ± {_number(float(row['std']))}]({source})"
-        mean = f"{_number(ours.mean())} ± {_number(ours.std())}"
-        rows.append([result.env, seeds, _interval(ours), mean, measured, published, score, area])
+        mean = f"{_number(ours.mean())} ± {_number(ours.std())}" if len(ours) > 1 else _number(ours.mean())
+        stopped = f" at {result.budget:,} of {result.whole:,} steps" if result.budget < result.whole else ""
+        rows.append([result.env + stopped, seeds, _interval(ours), mean, measured, published, score, area])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + READING.format(algo=algo)
 
 
@@ -168,7 +169,7 @@ def _panel(axes: Axes, result: Result) -> None:
         axes.plot(steps, curves.T, color=colour, alpha=0.25, linewidth=0.5)
         axes.fill_between(steps, low, high, color=colour, alpha=0.22, linewidth=0)
         axes.plot(steps, iqm, color=colour, linewidth=1.8, label=label)
-    if not result.tests:
+    if not result.tests and result.budget == result.whole:
         for row in store.published(result.script, result.env):
             mean, std, label = float(row["mean"]), float(row["std"]), "CleanRL, published: mean ± std"
             axes.errorbar(result.budget, mean, std, fmt="D", color=plot.COLOURS["reference"], markersize=5, capsize=3,
@@ -189,7 +190,7 @@ def _number(x: float) -> str:
 
 def _interval(scores: Floats) -> str:
     iqm, low, high = map(float, interval(scores))
-    return f"{_number(iqm)} [{_number(low)}, {_number(high)}]"
+    return f"{_number(iqm)} [{_number(low)}, {_number(high)}]" if len(scores) > 1 else _number(iqm)
 
 
 def _verdict(test: Equivalence) -> str:

@@ -156,6 +156,12 @@ def test_a_mean_curve_informs(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "curve's end: 480.0 at step 100,000" in output
     # The line is half way up after 50,000 steps; ours climb within a quarter, so after about 12,500.
     assert "50% of the curve's climb, return 250.0: reference at step 50,000, ours at step 12,500" in output
+    # Of a curve that goes on beyond our runs, the part until there; another project's names for algorithm and column.
+    lines = ["algo,env_id,global_step,return_mean", "sac,CartPole-v1,0,7"]
+    lines += [f"ppo,CartPole-v1,{step},{20 + 460 * step / BUDGET}" for step in range(0, 4 * BUDGET, 10_000)]
+    curve.write_text("\n".join(lines))
+    assert main([*runs(tmp_path / "again", 480, 4), "--reference", str(curve)]) == 2
+    assert "curve's end: 480.0 at step 100,000" in capsys.readouterr().out
     assert main([*runs(tmp_path / "v5", 480, 1, env="CartPole-v5"), "--reference", str(curve)]) == 4
 
 

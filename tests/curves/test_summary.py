@@ -18,8 +18,10 @@ CARTPOLE = ("CartPole-v1", 500_000, "Discrete", (470.0, 480.0, 490.0))
 HOPPER = ("Hopper-v4", 1_000_000, "Box", (1000.0, 2000.0, 3000.0))
 
 
-def train(root: Path, env: str, budget: int, space: str, returns: tuple[float, ...]) -> list[Run]:
-    """Run folders of seeds 1, 2, ... trained together, each of which returned the same in every episode."""
+def train(
+    root: Path, env: str, budget: int, space: str, returns: tuple[float, ...], end: int | None = None
+) -> list[Run]:
+    """Run folders of seeds 1, 2, ... trained together, which returned the same in every episode, up to step `end`."""
     names = [f"{env}__ppo__{seed}__1700000000" for seed in range(1, len(returns) + 1)]
     for seed, (name, level) in enumerate(zip(names, returns, strict=True), start=1):
         config = {
@@ -40,7 +42,7 @@ def train(root: Path, env: str, budget: int, space: str, returns: tuple[float, .
         folder = root / name
         folder.mkdir(parents=True)
         (folder / "config.json").write_text(json.dumps(config))
-        rows = [f"{step},{level},1000" for step in range(1000, budget + 1, 1000)]
+        rows = [f"{step},{level},1000" for step in range(1000, (end or budget) + 1, 1000)]
         text = "\n".join(["global_step,episodic_return,episodic_length", *rows, ""])
         (folder / "episodes.csv.gz").write_bytes(gzip.compress(text.encode()))
     return [run for name in names for run in store.load(root / name)]
@@ -75,8 +77,6 @@ def test_seeds_are_kept_all_or_none(here: Path) -> None:
     other = train(Path("other"), "CartPole-v1", 500_000, "Discrete", (1.0, 2.0, 3.0, 4.0))
     with pytest.raises(ValueError, match="of which 3 are among the 4 runs given"):
         summary.keep([*runs, other[3]], Path("kept"))
-    with pytest.raises(ValueError, match="a single run, which has no interval"):
-        summary.keep(runs[:1], Path("kept"))
 
 
 def test_a_row_of_the_table(here: Path) -> None:
@@ -92,6 +92,18 @@ def test_a_row_of_the_table(here: Path) -> None:
     assert hopper[3:5] == ["2,000 ± 816.5", "–"]
     assert hopper[5].startswith("[2,383 ± 271.7](https://github.com/vwxyzjn/cleanrl/blob/")
     assert hopper[6:] == ["informative", "–"]
+
+
+def test_a_row_of_one_run_that_was_stopped(here: Path) -> None:
+    """It ended episodes up to step 990,000 of 10,000,000: no interval, and the published figure stays beside it."""
+    (run,) = train(Path("runs/ppo"), "PongNoFrameskip-v4", 10_000_000, "Discrete", (-5.0,), end=990_000)
+    summary.keep([run], Path("kept"))
+    lines = summary.table(summary.judge_all(Path("kept")), "ppo").splitlines()
+    row = [cell.strip() for cell in lines[2].split("|")[1:-1]]
+    assert row[:5] == ["PongNoFrameskip-v4 at 990,000 of 10,000,000 steps", "1", "-5.0", "-5.0", "–"]
+    assert row[5].startswith("[20.4 ± 0.2](") and row[6:] == ["informative", "–"]
+    (panel,) = summary.draw(summary.judge_all(Path("kept"))).axes
+    assert panel.get_xlim() == (0, 990_000)
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:

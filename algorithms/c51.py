@@ -1,4 +1,4 @@
-"""Categorical deep Q-learning: the distribution of returns on 51 (here 101) fixed atoms instead of its mean.
+"""Categorical deep Q-learning: the distribution of returns on fixed atoms, 51 in the paper, instead of its mean.
 
 Paper: Bellemare, Dabney and Munos 2017, A distributional perspective on reinforcement learning, arXiv:1707.06887.
 
@@ -7,7 +7,7 @@ Paper: Bellemare, Dabney and Munos 2017, A distributional perspective on reinfor
     L = E[-sum_i m_i * log p_i(s, a)]                                                                 [Algorithm 1]
 
 Differs from the paper in probabilities that are held within 1e-5 of 0 and 1 before their logarithm, as CleanRL has it.
-Differs from CleanRL's c51.py in:
+Differs from CleanRL's c51.py and c51_atari.py in:
   - gradient steps come after env steps 10, 20, ... of `--train-frequency 10`; theirs come one env step later;
   - between two gradient steps the parameters stand still, so these env steps are taken in one compiled call;
   - `--num-envs` may be above 1.
@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import gymnasium as gym
 import torch
 from torch import Tensor
 from torch.func import grad_and_value, vmap
@@ -30,17 +31,17 @@ from rl_lab.cli import run
 from rl_lab.compiler import Compiled
 from rl_lab.distributions import Actions, of_action, project
 from rl_lab.envs import make
-from rl_lab.networks import Params, flat_size, init_uniform, is_image, mlp, stack
+from rl_lab.networks import Params, flat_size, init_nature_cnn, init_uniform, is_image, mlp, nature_cnn, stack
 from rl_lab.offpolicy import OffPolicyArgs
-from rl_lab.optim import AdamState, adam, init_adam
+from rl_lab.optim import AdamState, adam, in_bf16, init_adam
 from rl_lab.replay import Batch, draw_uniform
-from rl_lab.rollout import Collector, Inputs, concatenate, contiguous, on_device
+from rl_lab.rollout import Collector, Inputs, concatenate, contiguous, on_device, over_seeds
 from rl_lab.run import Run
 
 
 @dataclass(frozen=True)
 class Args(OffPolicyArgs):
-    """Defaults are CleanRL's c51.py's."""
+    """Defaults are CleanRL's c51.py's, for images c51_atari.py's."""
 
     env: str = "CartPole-v1"  # environment id of Gymnasium
     total_timesteps: int = 500_000  # env steps of one seed, over all its environments
@@ -52,6 +53,7 @@ class Args(OffPolicyArgs):
     start_e: float = 1.0  # epsilon at the start, the probability of a random action
     end_e: float = 0.05  # epsilon at the end
     exploration_fraction: float = 0.5  # share of total_timesteps in which epsilon falls linearly
+    bf16: bool = False  # compute the network of images in bfloat16, but for its head
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,19 +64,32 @@ class Args(OffPolicyArgs):
         self.require("v_max", self.v_min < self.v_max < math.inf, f"finite and above --v-min {self.v_min}")
 
 
-def init_params(obs_size: int, actions: Actions, args: Args, generator: torch.Generator) -> Params:
-    """Two hidden layers of 120 and 84 units, torch's default initialisation, as CleanRL; and the atoms.
+IMAGES = Args(
+    env="BreakoutNoFrameskip-v4", total_timesteps=10_000_000, n_atoms=51, v_min=-10, v_max=10, buffer_size=1_000_000,
+    target_network_frequency=10_000, batch_size=32, end_e=0.01, exploration_fraction=0.1, learning_starts=80_000,
+    train_frequency=4, bf16=True, checkpoint_every=1_000_000,
+)  # fmt: skip
+
+
+def init_params(space: gym.Space[Any], actions: Actions, args: Args, generator: torch.Generator) -> Params:
+    """Layers of 120 and 84 units, or the Nature CNN, and a linear head; torch's default initialisation, as CleanRL.
 
     The atoms are constants: no gradient reaches them. They are kept here so that a saved network tells its returns.
     """
-    params = init_uniform("trunk", (obs_size, 120, 84), generator)
-    params |= init_uniform("q", (84, actions.num_outputs * args.n_atoms), generator)
+    if is_image(space):
+        params, features = init_nature_cnn("trunk", space.shape[0], generator, orthogonal=False), 512
+    else:
+        params, features = init_uniform("trunk", (flat_size(space), 120, 84), generator), 84
+    params |= init_uniform("q", (features, actions.num_outputs * args.n_atoms), generator)
     return params | {"atoms": torch.linspace(args.v_min, args.v_max, args.n_atoms, device=generator.device)}
 
 
 def distribution(params: Params, obs: Tensor) -> Tensor:
     """Probabilities of the atoms under each action: (B, *obs) -> (B, A, n_atoms)."""
-    hidden = mlp(params, "trunk", obs.flatten(1).float(), 2, torch.relu).relu()
+    if obs.dtype == torch.uint8:
+        hidden = nature_cnn(params, "trunk", obs)
+    else:
+        hidden = mlp(params, "trunk", obs.flatten(1).float(), 2, torch.relu).relu()
     return mlp(params, "q", hidden, 1).view(len(obs), -1, len(params["atoms"])).softmax(2)
 
 
@@ -104,7 +119,7 @@ def targets(target: Params, batch: Batch) -> Tensor:
     return project(of_action(following, best), target["atoms"], batch["rewards"], batch["discounts"])
 
 
-def loss(params: Params, target: Params, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+def loss(params: Params, target: Params, batch: Batch, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
     """Cross-entropy of the distribution at (s, a) with the projected one.
 
     Args:
@@ -113,6 +128,7 @@ def loss(params: Params, target: Params, batch: Batch) -> tuple[Tensor, dict[str
     Returns:
         () loss, and loss (), q_values () to log under CleanRL's names.
     """
+    params, target = (in_bf16(p, "trunk", args.bf16) for p in (params, target))
     wanted = targets(target, batch).detach()
     taken = of_action(distribution(params, batch["obs"]), batch["actions"])
     assert taken.shape == wanted.shape
@@ -125,26 +141,24 @@ def update(
     params: Params, target: Params, opt: AdamState, batch: Batch, args: Args
 ) -> tuple[Params, AdamState, dict[str, Tensor]]:
     """A step of Adam."""
-    grads, (_, metrics) = grad_and_value(loss, has_aux=True)(params, target, batch)
+    grads, (_, metrics) = grad_and_value(loss, has_aux=True)(params, target, batch, args)
     params, opt = adam(params, grads, opt, args.learning_rate, eps=0.01 / args.batch_size)
     return params, opt, metrics
 
 
 def train(args: Args) -> Run:
     """Train `args.num_seeds` agents; everything is in the run folders afterwards."""
-    where = args.make_options
-    env = make(args.env, args.seeds, args.num_envs, *where)
-    actions, obs_size, generators = Actions.of(env.action_space), flat_size(env.observation_space), args.generators(0)
-    if is_image(env.observation_space):
-        raise ValueError(f"--env {args.env} shows images; rl_lab.dqn takes them, this command takes vectors")
+    env = make(args.env, args.seeds, args.num_envs, *args.make_options)
+    actions, images, generators = Actions.of(env.action_space), is_image(env.observation_space), args.generators(0)
+    args.require("bf16", images or not args.bf16, "off for vectors, whose small networks are faster in float32")
     if actions.low or actions.shape:
         raise ValueError(f"--env {args.env}: C51 needs one Discrete action, not {env.action_space}; rl_lab.sac has Box")
-    params = stack([init_params(obs_size, actions, args, g) for g in generators])
+    params = stack([init_params(env.observation_space, actions, args, g) for g in generators])
     target, opt = contiguous(params), contiguous(vmap(init_adam)(params))
     key = ("c51", args.key, actions)
     collector = Collector(env, act, None, generators, key, args.compile)
     replay = args.replay(env)
-    learn = vmap(partial(update, args=args))
+    learn = over_seeds(partial(update, args=args), images)
     learner = Compiled(learn, ("learn", *key), args.compile, donate=(0, 2))
 
     def state() -> dict[str, Any]:
@@ -166,8 +180,9 @@ def train(args: Args) -> Run:
         noise = torch.cat([draw_noise(actions, shape, g, epsilon) for g in generators], dim=1)
         points = iter(draw_uniform((args.log_every // args.train_frequency, args.batch_size), generators))
         for choices in noise.split(args.rows_per_cycle):
-            rollouts.append(collector.collect(params, choices))
-            replay.add(rollouts[-1])
+            rollout = collector.collect(in_bf16(params, "trunk", args.bf16), choices)
+            replay.add(rollout)
+            rollouts.append({name: x for name, x in rollout.items() if x.dtype != torch.uint8})  # images are large
             env_step += args.steps_per_cycle
             for _ in range(args.updates_per_cycle if env_step > args.learning_starts else 0):
                 params, opt, metrics = learner(params, target, opt, replay.sample(next(points)))
@@ -188,7 +203,8 @@ def policy(params: Params, normalizer: Any, inputs: Inputs, noise: Tensor | None
 
 def defaults(env_id: str) -> Args:
     """CleanRL's hyper-parameters for `env_id`."""
-    return replace(Args(), env=env_id)
+    images = is_image(make(env_id, seeds=(0,), num_envs=1).observation_space)
+    return replace(IMAGES if images else Args(), env=env_id)
 
 
 def main() -> None:

@@ -13,8 +13,8 @@ networks for exploration, arXiv:1706.10295. Dueling and prioritized replay as in
 Noise is drawn as in Fortunato et al., Algorithm 1: for every step of every environment; and for every gradient step
 three times, for the network that learns, the one that chooses a*, and the target. Evaluation uses w and b alone.
 
-Differs from the paper in the network (for vector observations, see `features`), the settings that go with it, and
-priorities by the cross-entropy instead of the Kullback-Leibler divergence, as CleanRL has it.
+Differs from the paper in priorities by the cross-entropy instead of the Kullback-Leibler divergence, as CleanRL has it;
+in learning that starts later on images, as there; and, for vectors, in the network and the settings that go with it.
 Differs from CleanRL's rainbow_atari.py in:
   - noise is factorised, with sigma_b by inputs; theirs is independent for each weight, with sigma_b by outputs, and
     drawn only before gradient steps: acting keeps one noise for 4 env steps, and for the 80,000 before the first;
@@ -31,6 +31,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import gymnasium as gym
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -40,17 +41,17 @@ from rl_lab.cli import run
 from rl_lab.compiler import Compiled
 from rl_lab.distributions import Actions, of_action, project
 from rl_lab.envs import make
-from rl_lab.networks import Params, flat_size, init_uniform, is_image, mlp, stack
+from rl_lab.networks import Params, convolutions, flat_size, init_nature_cnn, init_uniform, is_image, mlp, stack
 from rl_lab.offpolicy import OffPolicyArgs
-from rl_lab.optim import AdamState, adam, init_adam
+from rl_lab.optim import AdamState, adam, in_bf16, init_adam
 from rl_lab.replay import Batch, draw_uniform
-from rl_lab.rollout import Collector, Inputs, concatenate, contiguous, on_device
+from rl_lab.rollout import Collector, Inputs, concatenate, contiguous, on_device, over_seeds
 from rl_lab.run import Run
 
 
 @dataclass(frozen=True)
 class Args(OffPolicyArgs):
-    """What Rainbow adds is as in CleanRL's rainbow_atari.py; sizes, rates and atoms are those of its c51.py."""
+    """What Rainbow adds is as in CleanRL's rainbow_atari.py; for vectors sizes, rates and atoms are its c51.py's."""
 
     env: str = "CartPole-v1"  # environment id of Gymnasium
     total_timesteps: int = 500_000  # env steps of one seed, over all its environments
@@ -63,6 +64,7 @@ class Args(OffPolicyArgs):
     noise_std: float = 0.5  # sigma at the start, times sqrt(inputs)
     priority_alpha: float = 0.5  # exponent of priorities
     priority_beta: float = 0.4  # exponent of importance weights at the start; 1 at the end
+    bf16: bool = False  # compute the convolutions of images in bfloat16
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,20 +82,30 @@ class Args(OffPolicyArgs):
         self.require("priority_alpha", 0 < self.priority_alpha <= 1, "above 0 and at most 1")
 
 
+IMAGES = Args(
+    env="BreakoutNoFrameskip-v4", total_timesteps=10_000_000, learning_rate=6.25e-5, n_atoms=51, v_min=-10, v_max=10,
+    buffer_size=1_000_000, target_network_frequency=8_000, batch_size=32, learning_starts=80_000, train_frequency=4,
+    bf16=True, checkpoint_every=1_000_000,
+)  # fmt: skip
+
+
 # --- network ----------------------------------------------------------------------------------------------------------
 
 NOISY = ("value.0", "value.1", "advantage.0", "advantage.1")  # layers
 
 
-def init_params(obs_size: int, actions: Actions, args: Args, generator: torch.Generator) -> Params:
-    """A hidden layer of 120 units, and for each of the two streams one of 84, noisy like its outputs; and the atoms.
+def init_params(space: gym.Space[Any], actions: Actions, args: Args, generator: torch.Generator) -> Params:
+    """A layer of 120 units, or convolutions, and for each stream a hidden layer of 84, or 512, noisy like its outputs.
 
     Weights and biases w, b uniform within 1 / sqrt(inputs), sigma = noise_std / sqrt(inputs) [Fortunato, section 3.2].
     The atoms are constants: no gradient reaches them. They are kept here so that a saved network tells its returns.
     """
-    params = init_uniform("trunk", (obs_size, 120), generator)
-    params |= init_uniform("value", (120, 84, args.n_atoms), generator)
-    params |= init_uniform("advantage", (120, 84, actions.num_outputs * args.n_atoms), generator)
+    if is_image(space):
+        params, sizes = init_nature_cnn("trunk", space.shape[0], generator, orthogonal=False, linear=False), (3136, 512)
+    else:
+        params, sizes = init_uniform("trunk", (flat_size(space), 120), generator), (120, 84)
+    params |= init_uniform("value", (*sizes, args.n_atoms), generator)
+    params |= init_uniform("advantage", (*sizes, actions.num_outputs * args.n_atoms), generator)
     for layer in NOISY:
         sigma = args.noise_std * params[f"{layer}.weight"].shape[1] ** -0.5
         for part in ("weight", "bias"):
@@ -102,7 +114,9 @@ def init_params(obs_size: int, actions: Actions, args: Args, generator: torch.Ge
 
 
 def features(params: Params, obs: Tensor) -> Tensor:
-    """What both streams see: (B, *obs) -> (B, 120). The place of the convolutions where observations are images."""
+    """What both streams see: (B, *obs) -> (B, 120), or (B, 3136) where observations are images."""
+    if obs.dtype == torch.uint8:
+        return convolutions(params, "trunk", obs).float()
     return mlp(params, "trunk", obs.flatten(1).float(), 1).relu()
 
 
@@ -162,7 +176,7 @@ def targets(params: Params, target: Params, batch: Batch, noise: Tensor) -> Tens
     return project(following, target["atoms"], batch["rewards"], batch["discounts"])
 
 
-def loss(params: Params, target: Params, batch: Batch, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def loss(params: Params, target: Params, batch: Batch, noise: Tensor, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
     """Mean of the weighted cross-entropies of the distributions at (s, a) with the projected ones.
 
     Args:
@@ -172,6 +186,7 @@ def loss(params: Params, target: Params, batch: Batch, noise: Tensor) -> tuple[T
     Returns:
         () loss, and td_loss (), q_values () to log under CleanRL's names, priorities (B,).
     """
+    params, target = (in_bf16(p, "trunk", args.bf16) for p in (params, target))
     wanted = targets(params, target, batch, noise).detach()
     taken = of_action(distribution(params, batch["obs"], noise[0]), batch["actions"])
     assert taken.shape == wanted.shape
@@ -185,27 +200,26 @@ def update(
     params: Params, target: Params, opt: AdamState, batch: Batch, noise: Tensor, args: Args
 ) -> tuple[Params, AdamState, dict[str, Tensor]]:
     """A step of Adam with the epsilon of Hessel et al., Table 1."""
-    grads, (_, metrics) = grad_and_value(loss, has_aux=True)(params, target, batch, noise)
+    grads, (_, metrics) = grad_and_value(loss, has_aux=True)(params, target, batch, noise, args)
     params, opt = adam(params, grads, opt, args.learning_rate, eps=1.5e-4)
     return params, opt, metrics
 
 
 def train(args: Args) -> Run:
     """Train `args.num_seeds` agents; everything is in the run folders afterwards."""
-    where = args.make_options
-    env = make(args.env, args.seeds, args.num_envs, *where)
-    actions, obs_size, generators = Actions.of(env.action_space), flat_size(env.observation_space), args.generators(0)
-    if is_image(env.observation_space):
-        raise ValueError(f"--env {args.env} shows images; rl_lab.dqn takes them, this command takes vectors")
+    env = make(args.env, args.seeds, args.num_envs, *args.make_options)
+    actions, images, generators = Actions.of(env.action_space), is_image(env.observation_space), args.generators(0)
+    args.require("bf16", images or not args.bf16, "off for vectors, whose small networks are faster in float32")
     if actions.low or actions.shape:
         space = env.action_space
         raise ValueError(f"--env {args.env}: Rainbow needs one Discrete action, not {space}; rl_lab.sac has Box")
-    params = stack([init_params(obs_size, actions, args, g) for g in generators])
+    params = stack([init_params(env.observation_space, actions, args, g) for g in generators])
     target, opt = contiguous(params), contiguous(vmap(init_adam)(params))
     key = ("rainbow", args.key, actions)
     collector = Collector(env, act, None, generators, key, args.compile)
     replay = args.replay(env, args.n_step, args.priority_alpha)
-    learner = Compiled(vmap(partial(update, args=args)), ("learn", *key), args.compile, donate=(0, 2))
+    learn = over_seeds(partial(update, args=args), images)
+    learner = Compiled(learn, ("learn", *key), args.compile, donate=(0, 2))
 
     def state() -> dict[str, Any]:
         agents = {"params": params, "target": target, "opt": opt}
@@ -224,8 +238,9 @@ def train(args: Args) -> Run:
         points = iter(draw_uniform((num_updates, args.batch_size), generators))
         learning = iter(torch.stack([draw_layers(params, (num_updates, 3), g) for g in generators], dim=1))
         for noise in acting.split(args.rows_per_cycle):
-            rollouts.append(collector.collect(params, noise))
-            replay.add(rollouts[-1])
+            rollout = collector.collect(in_bf16(params, "trunk", args.bf16), noise)
+            replay.add(rollout)
+            rollouts.append({name: x for name, x in rollout.items() if x.dtype != torch.uint8})  # images are large
             env_step += args.steps_per_cycle
             for _ in range(args.updates_per_cycle if env_step > args.learning_starts else 0):
                 beta = args.priority_beta + (1 - args.priority_beta) * env_step / args.total_timesteps
@@ -260,7 +275,8 @@ def policy(params: Params, normalizer: Any, inputs: Inputs, noise: Tensor | None
 
 def defaults(env_id: str) -> Args:
     """The settings above for `env_id`."""
-    return replace(Args(), env=env_id)
+    images = is_image(make(env_id, seeds=(0,), num_envs=1).observation_space)
+    return replace(IMAGES if images else Args(), env=env_id)
 
 
 def main() -> None:

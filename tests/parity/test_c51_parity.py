@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -39,7 +40,7 @@ def assert_digests(tensors: Params, expected: dict[str, list[float]]) -> None:
 
 
 def network(prefix: str, args: Args) -> Params:
-    params = c51.init_params(3, Actions((2,), ()), args, torch.Generator())
+    params = c51.init_params(gym.spaces.Box(-9.0, 9.0, (3,)), Actions((2,), ()), args, torch.Generator())
     weights = {name: torch.from_numpy(peers.initial(prefix + name, p.shape)) for name, p in params.items()}
     return {**weights, "atoms": params["atoms"]}
 
@@ -56,7 +57,7 @@ def test_two_steps() -> None:
     opt = init_adam(params)
     for t, columns in enumerate(NUMBERS["batches"]):
         batch = as_batch(columns, args)
-        grads, (total, _) = grad_and_value(c51.loss, has_aux=True)(params, target, batch)
+        grads, (total, _) = grad_and_value(c51.loss, has_aux=True)(params, target, batch, args)
         assert total.item() == pytest.approx(NUMBERS["loss"][t], abs=1e-6)
         assert_digests(grads, NUMBERS["gradients"][t])
         params, opt, metrics = c51.update(params, target, opt, batch, args)

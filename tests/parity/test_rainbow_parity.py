@@ -77,7 +77,7 @@ def test_two_steps() -> None:
     opt = init_adam(params)
     for t, columns in enumerate(NUMBERS["batches"]):
         batch = as_batch(columns, args)
-        grads, (total, _) = grad_and_value(rainbow.loss, has_aux=True)(params, target, batch, noise)
+        grads, (total, _) = grad_and_value(rainbow.loss, has_aux=True)(params, target, batch, noise, args)
         assert total.item() == pytest.approx(NUMBERS["loss"][t], abs=1e-6)
         assert_digests(grads, NUMBERS["gradients"][t])
         params, opt, metrics = rainbow.update(params, target, opt, batch, noise, args)

@@ -1,0 +1,176 @@
+"""DQN, C51 and Rainbow on images; each test names the bug it guards. Parity with CleanRL is in tests/parity."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+from torch.func import vmap
+
+import rl_lab
+from rl_lab.algorithms import c51, dqn, rainbow
+from rl_lab.compiler import Compiled
+from rl_lab.distributions import Actions
+from rl_lab.networks import Params
+from rl_lab.optim import init_adam
+from rl_lab.replay import Batch
+from rl_lab.rollout import contiguous, over_seeds
+from rl_lab.run import Run
+
+EACH = pytest.mark.parametrize("algorithm", [dqn, c51, rainbow], ids=["dqn", "c51", "rainbow"])
+THREE, SPACE = Actions((3,), ()), gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
+SMALL = {
+    "env": "BreakoutNoFrameskip-v4", "total_timesteps": 96, "learning_starts": 48, "log_every": 48, "num_envs": 2,
+    "train_frequency": 8, "batch_size": 4, "buffer_size": 96, "target_network_frequency": 64, "compile": False,
+}  # fmt: skip
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def some_params(algorithm: ModuleType, seed: int) -> Params:
+    settings = False if algorithm is dqn else algorithm.IMAGES
+    return algorithm.init_params(SPACE, THREE, settings, generator(seed))  # type: ignore[no-any-return]
+
+
+def some_batch(seed: int = 2, size: int = 3) -> Batch:
+    random = generator(seed)
+    obs, next_obs = torch.randint(0, 256, (2, size, *SPACE.shape), dtype=torch.uint8, generator=random)
+    batch = {"obs": obs, "next_obs": next_obs, "actions": torch.arange(size) % 3}
+    batch |= {"rewards": torch.arange(size) - 1.0, "weights": torch.rand(size, generator=random) + 0.1}
+    return {**batch, "discounts": torch.where(torch.arange(size) == 0, 0.0, 0.9)}
+
+
+def arguments(algorithm: ModuleType, seed: int = 0) -> tuple[Any, ...]:
+    """Online and target network, a batch, and Rainbow's noise: what its loss takes before its settings."""
+    params, target = (some_params(algorithm, seed + i) for i in (0, 1))
+    noise = (rainbow.draw_layers(params, (3,), generator(seed)),) if algorithm is rainbow else ()
+    return params, target, some_batch(seed), *noise
+
+
+CONVOLUTIONS = {"trunk.0": (32, 4, 8, 8), "trunk.1": (64, 32, 4, 4), "trunk.2": (64, 64, 3, 3)}
+LAYERS = {
+    dqn: {**CONVOLUTIONS, "trunk.3": (512, 3136), "q.0": (3, 512)},
+    c51: {**CONVOLUTIONS, "trunk.3": (512, 3136), "q.0": (153, 512)},
+    rainbow: {
+        **CONVOLUTIONS,
+        "value.0": (512, 3136),
+        "value.1": (51, 512),
+        "advantage.0": (512, 3136),
+        "advantage.1": (153, 512),
+    },
+}
+
+
+@EACH
+def test_initial_agent(algorithm: ModuleType) -> None:
+    """Guards CleanRL's layers for three actions, uniform within 1 / sqrt(inputs): 256, 512, 576, 3136 or 512."""
+    params = some_params(algorithm, 0)
+    weights = {name.removesuffix(".weight"): tuple(p.shape) for name, p in params.items() if name.endswith("weight")}
+    assert weights == LAYERS[algorithm]
+    for layer, shape in weights.items():
+        bound = np.prod(shape[1:]) ** -0.5
+        assert 0.99 * bound < params[f"{layer}.weight"].abs().max() <= bound
+        assert 0.4 * bound < params[f"{layer}.bias"].abs().max() <= bound
+    sigmas = {name: p for name, p in params.items() if name.endswith("sigma")}
+    assert len(sigmas) == (8 if algorithm is rainbow else 0)
+    if sigmas:
+        assert sigmas["value.0.weight_sigma"].unique().item() == pytest.approx(0.5 / 56)  # of 3136 inputs
+        assert rainbow.draw_layers(params, (), generator()).shape == (2 * (3136 + 512) + (512 + 51) + (512 + 153),)
+
+
+@EACH
+def test_bf16_is_close_and_reaches_the_convolutions_only(algorithm: ModuleType) -> None:
+    """Guards against a flag without effect, one that changes results, and gradients or weights left in bfloat16."""
+    given, opt = arguments(algorithm), init_adam(some_params(algorithm, 0))
+    rough, exact = (replace(algorithm.IMAGES, bf16=bf16) for bf16 in (True, False))
+    loss, expected = (algorithm.loss(*given, args)[0].item() for args in (rough, exact))
+    assert loss != expected and loss == pytest.approx(expected, rel=0.01)
+    updates = [algorithm.update(*given[:2], opt, *given[2:], args)[:2] for args in (rough, exact)]
+    for name, p in updates[0][0].items():
+        assert p.dtype == torch.float32
+        gradient, other = (state["first"][name].flatten() for _, state in updates)  # a tenth of it
+        assert name == "atoms" or torch.cosine_similarity(gradient, other, 0) > 0.98, name
+
+
+@EACH
+@pytest.mark.slow
+def test_compiled_equals_eager(algorithm: ModuleType) -> None:
+    """Guards against a graph of two seeds that computes something else than the functions that were tested."""
+    agents = arguments(algorithm), arguments(algorithm, seed=5)
+    params, target, *rest = pytree.tree_map(lambda *x: torch.stack(x), *agents)
+    update = over_seeds(partial(algorithm.update, args=replace(algorithm.IMAGES, bf16=False)), images=True)
+    results = []
+    for compile in (False, True):
+        learner = Compiled(update, ("test_images", algorithm.IMAGES.key), compile, donate=(0, 2))
+        new, opt = contiguous((params, vmap(init_adam)(params)))
+        for _ in range(2):
+            new, opt, metrics = learner(new, target, opt, *rest)
+        results.append((new, opt, metrics))
+    for eager, compiled in zip(*map(pytree.tree_leaves, results), strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
+
+
+@EACH
+def test_training(algorithm: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against images kept for the log, convolutions that do not learn, and a policy that does not come back."""
+    pytest.importorskip("ale_py", reason="Atari needs ale_py")
+    logged: list[set[str]] = []
+    log = Run.log
+
+    def watched(run: Run, rollout: dict[str, Tensor], metrics: dict[str, Tensor]) -> None:
+        assert rollout["rewards"].shape == (24, 2)
+        logged.append(set(rollout))
+        log(run, rollout, metrics)
+
+    monkeypatch.setattr(Run, "log", watched)
+    monkeypatch.setattr("os.fsync", lambda _: None)  # a disk may take longer than the training
+    run = algorithm.train(replace(algorithm.IMAGES, **SMALL, runs_dir=tmp_path))
+    assert len(logged) == 2
+    assert all({"rewards", "actions", "game_over"} <= names and not names & {"obs", "next_obs"} for names in logged)
+    state = run.state()
+    assert state["opt"]["step"].tolist() == [6]  # after env steps 56, 64, ..., 96
+    params, target = ({name: p[0] for name, p in state[name].items()} for name in ("params", "target"))
+    moved = (params["trunk.0.weight"] - target["trunk.0.weight"]).abs().max()  # since the copy at step 64
+    assert 0 < moved < 4.1 * algorithm.IMAGES.learning_rate
+    policy, obs = rl_lab.load(run.logs.folders[0]), some_batch()["obs"]
+    assert torch.equal(policy(obs), algorithm.act(params, {"obs": obs}, None)[0])
+
+
+DEFAULTS = {  # of CleanRL's dqn_atari.py, c51_atari.py and rainbow_atari.py
+    dqn: {"learning_rate": 1e-4, "target_network_frequency": 1_000, "end_e": 0.01, "exploration_fraction": 0.1},
+    c51: {"learning_rate": 2.5e-4, "target_network_frequency": 10_000, "end_e": 0.01, "exploration_fraction": 0.1},
+    rainbow: {"learning_rate": 6.25e-5, "target_network_frequency": 8_000, "n_step": 3, "priority_alpha": 0.5},
+}
+SHARED = {"total_timesteps": 10_000_000, "buffer_size": 1_000_000, "batch_size": 32, "learning_starts": 80_000}
+SHARED |= {"train_frequency": 4, "num_envs": 1}
+
+
+@EACH
+def test_defaults(algorithm: ModuleType) -> None:
+    """Guards against the settings of vectors on Atari."""
+    pytest.importorskip("ale_py", reason="Atari needs ale_py")
+    args = algorithm.defaults("PongNoFrameskip-v4")
+    atoms = {} if algorithm is dqn else {"n_atoms": 51, "v_min": -10, "v_max": 10}
+    expected = {**SHARED, **DEFAULTS[algorithm], **atoms}
+    assert {name: getattr(args, name) for name in expected} == expected
+    assert (args.env, args.gamma, args.bf16) == ("PongNoFrameskip-v4", 0.99, True)
+    assert algorithm.defaults("Acrobot-v1") == algorithm.Args(env="Acrobot-v1")
+
+
+@EACH
+def test_bf16_is_refused_for_vectors(algorithm: ModuleType, tmp_path: Path) -> None:
+    """Guards against --bf16 that changes nothing."""
+    with pytest.raises(ValueError, match="--bf16 True must be off for vectors"):
+        algorithm.train(algorithm.Args(bf16=True, compile=False, runs_dir=tmp_path / "runs"))
+    assert not (tmp_path / "runs").exists()

@@ -15,7 +15,8 @@ from rl_lab.algorithms.dqn import defaults
 def measure(flags: race.Flags) -> dict[str, Any]:
     """CleanRL marks each hundredth env step once it learns; the first turn starts when all learn."""
     args = defaults(flags.env)
-    contenders = partial(race.field, "dqn", "dqn.py", batch=args.log_every, cleanrl=(100, args.learning_starts))
+    script = f"dqn{race.atari(flags.env)}.py"
+    contenders = partial(race.field, "dqn", script, batch=args.log_every, cleanrl=(100, args.learning_starts))
     return race.measure(flags, args, contenders, args.log_every, first=args.learning_starts + 2 * args.log_every)
 
 

@@ -16,7 +16,7 @@ def measure(flags: race.Flags) -> dict[str, Any]:
     """All mark the end of each iteration."""
     args = defaults(flags.env)
     batch = args.num_envs * args.num_steps
-    script = "ppo_continuous_action.py" if args.normalize else "ppo.py"
+    script = "ppo_continuous_action.py" if args.normalize else f"ppo{race.atari(flags.env)}.py"
     contenders = partial(race.field, "ppo", script, batch=batch, cleanrl=(batch, 0))
     return race.measure(flags, args, contenders, batch, first=batch)
 

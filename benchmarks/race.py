@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("torch", "numpy", "gymnasium", "mujoco", "stable-baselines3", "tensorboard")
+PACKAGES = ("torch", "numpy", "gymnasium", "mujoco", "ale-py", "stable-baselines3", "tensorboard")
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Flags:
     slices: int = 5
     """turns of each contender"""
     num_seeds: int = 10
-    """agents of the contender that trains many at once"""
+    """agents of the contender that trains many at once; 1 leaves it out"""
     save: Path | None = None
     """JSON file for the result; what is printed goes beside it as .txt"""
 
@@ -73,6 +73,8 @@ def field(
 ) -> list[Contender]:
     """Ours with one seed and with many, Stable-Baselines3's and CleanRL's `script`; logs go to `runs`.
 
+    Of Atari games without Stable-Baselines3, whose wrappers are CleanRL's.
+
     Args:
         batch: env steps between our marks, and Stable-Baselines3's.
         cleanrl: env steps between CleanRL's marks, and the one that these are counted from.
@@ -80,14 +82,23 @@ def field(
     shared = ["--total-timesteps", str(steps)]
     ours = [sys.executable, "-m", "benchmarks.ours", algo, "--env", args.env, "--runs-dir", str(runs), *shared]
     fields = asdict(args) | {"total_timesteps": steps, "runs_dir": str(runs), "mark_every": batch}
-    sb3 = [sys.executable, "-m", "benchmarks.sb3", algo, json.dumps(fields, default=str)]
-    found = [Contender("rl_lab", ours, ROOT, batch), Contender("Stable-Baselines3", sb3, ROOT, batch)]
+    found = [Contender("rl_lab", ours, ROOT, batch)]
+    if not atari(args.env):
+        sb3 = [sys.executable, "-m", "benchmarks.sb3", algo, json.dumps(fields, default=str)]
+        found.append(Contender("Stable-Baselines3", sb3, ROOT, batch))
     if flags.cleanrl and flags.cleanrl_python:
         checkout, python = flags.cleanrl.resolve(), flags.cleanrl_python.absolute()  # a link resolved loses its venv
         command = ["env", f"PYTHONPATH={checkout}", str(python), str(checkout / "cleanrl" / script)]
         found.append(Contender("CleanRL", [*command, "--env-id", args.env, *shared], runs, *cleanrl))
-    many = [*ours, "--seed", "101", "--num-seeds", str(flags.num_seeds)]  # run folders of its own
-    return [*found, Contender(f"rl_lab, {flags.num_seeds} seeds", many, ROOT, batch, seeds=flags.num_seeds)]
+    if flags.num_seeds > 1:
+        many = [*ours, "--seed", "101", "--num-seeds", str(flags.num_seeds)]  # run folders of its own
+        found.append(Contender(f"rl_lab, {flags.num_seeds} seeds", many, ROOT, batch, seeds=flags.num_seeds))
+    return found
+
+
+def atari(env: str) -> str:
+    """What CleanRL's scripts for this environment have in their names."""
+    return "_atari" if env.endswith("NoFrameskip-v4") else ""
 
 
 class Trainee:

@@ -17,24 +17,30 @@ PEERS = ("Stable-Baselines3", "CleanRL")
 
 
 def row(algo: str, report: dict[str, Any]) -> list[str]:
-    """One algorithm on one environment: steps per CPU-second with one seed and with ten, ratios, time to result."""
+    """One algorithm on one environment: steps per CPU-second with one seed and with many, ratios, time to result."""
     results = report["results"]
+    sps = {name: result["sps"] for name, result in results.items()}
+
+    def ratio(name: str, peer: str) -> str:
+        return f"{median(a / b for a, b in zip(sps[name], sps[peer], strict=True)):.1f} ×" if peer in sps else "–"
+
     cells = [algo.upper(), report["env"]]
-    for name in ("rl_lab", "rl_lab, 10 seeds"):
-        ratios = (median(a / b for a, b in zip(results[name]["sps"], results[p]["sps"], strict=True)) for p in PEERS)
-        cells.append(f"{median(results[name]['sps']):,.0f} ({' / '.join(f'{ratio:.1f} ×' for ratio in ratios)})")
-    cells += [f"{median(results[peer]['sps']):,.0f}" for peer in PEERS]
-    seconds = [results["rl_lab"][start]["cpu"] for start in ("warm", "cold")]
-    seconds += [results[peer]["warm"]["cpu"] for peer in PEERS]
+    for name in (name for name in sps if name.startswith("rl_lab")):
+        many = name.removeprefix("rl_lab").replace(", ", "") + ": " * (name != "rl_lab")
+        cells.append(f"{many}{median(sps[name]):,.0f} ({' / '.join(ratio(name, peer) for peer in PEERS)})")
+    cells += ["–"] * (4 - len(cells))
+    cells += [f"{median(sps[peer]):,.0f}" if peer in sps else "–" for peer in PEERS]
+    seconds = [f"{results['rl_lab'][start]['cpu']:,.0f} s" for start in ("warm", "cold")]
+    seconds += [f"{results[peer]['warm']['cpu']:,.0f} s" if peer in results else "–" for peer in PEERS]
     steps = f"{report['budget']:,} steps" + (", extrapolated" if report["steps"] < 0.99 * report["budget"] else "")
-    return [*cells, " / ".join(f"{value:,.0f} s" for value in seconds) + f" ({steps})"]
+    return [*cells, f"{' / '.join(seconds)} ({steps})"]
 
 
 def table(folder: Path) -> str:
     """Markdown of every report in `folder`."""
     paths = [path for algo in ALGORITHMS for path in sorted(folder.glob(f"{algo}-*.json"))]
     reports = [json.loads(path.read_text()) for path in paths]
-    header = ["", "environment", "rl_lab, one seed (× SB3 / CleanRL)", "ten seeds in all (likewise)", *PEERS]
+    header = ["", "environment", "rl_lab, one seed (× SB3 / CleanRL)", "many seeds in all (likewise)", *PEERS]
     header.append("CPU time to result: rl_lab warm / cold / SB3 / CleanRL")
     rows = [header, ["---"] * 2 + ["---:"] * 5]
     rows += [row(path.name.partition("-")[0], report) for path, report in zip(paths, reports, strict=True)]

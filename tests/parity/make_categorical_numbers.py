@@ -1,4 +1,4 @@
-"""Writes categorical_numbers.json: gradient steps by the lines of CleanRL's c51.py and rainbow_atari.py.
+"""Writes categorical_numbers.json: gradient steps by the lines of CleanRL's c51.py, c51_atari.py and rainbow_atari.py.
 
     git clone https://github.com/vwxyzjn/cleanrl && git -C cleanrl checkout fe8d8a03
     python3.11 -m venv peers
@@ -6,15 +6,16 @@
     peers/bin/python tests/parity/make_categorical_numbers.py cleanrl
 
 The scripts' own statements run, taken out of their loops: the one that makes the optimizer, and those of a gradient
-step. Their replay hands out batches written down here, weights are set before. Rainbow's network is its own class with
-smaller layers: a linear trunk for the convolutions, and NoisyLinear layers whose noise is set to factorised noise. What
-is read off: the loss, the gradients, the weights after each of two steps, as digests (`make_ppo_numbers.digest`).
+step. Their replay hands out the batches made here, weights are set before, so is Rainbow's noise, to a factorised one.
+Rainbow's network is compared twice: as it is, on images, and on vectors with smaller layers and a linear trunk in place
+of the convolutions. What is read off: the loss, the gradients, the weights after each of two steps, as digests
+(`make_ppo_numbers.digest`).
 """
 
 from __future__ import annotations
 
 import ast
-import importlib
+import importlib.util
 import json
 import subprocess
 import sys
@@ -25,21 +26,28 @@ from typing import Any
 
 import numpy as np
 import torch
-from make_ppo_numbers import digest, initial, rounded
 from torch import nn
 
+HERE = Path(__file__).resolve().parent
+spec = importlib.util.spec_from_file_location("make_ppo_images_numbers", HERE / "make_ppo_images_numbers.py")
+assert spec and spec.loader
+ppo = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(ppo)
+initial, digest = ppo.initial, ppo.vectors.digest
+
 OBS, ACTIONS, BATCH = 3, 2, 12
-TRUNK, HIDDEN = 6, 5  # of the small Rainbow
-C51_FLAGS = {"n_atoms": 101, "v_min": -100.0, "v_max": 100.0, "gamma": 0.99, "learning_rate": 2.5e-4}
-RAINBOW_FLAGS = {"n_atoms": 51, "v_min": -10.0, "v_max": 10.0, "gamma": 0.99, "learning_rate": 6.25e-5, "n_step": 3}
-C51_NAMES = [f"{layer}.{kind}" for layer in ("trunk.0", "trunk.1", "q.0") for kind in ("weight", "bias")]
+ATARI_FLAGS = {"n_atoms": 51, "v_min": -10.0, "v_max": 10.0, "gamma": 0.99, "learning_rate": 2.5e-4}
+C51_FLAGS = {**ATARI_FLAGS, "n_atoms": 101, "v_min": -100.0, "v_max": 100.0}
+RAINBOW_FLAGS = {**ATARI_FLAGS, "learning_rate": 6.25e-5, "n_step": 3}
+SIZES = {False: (6, 5), True: (3136, 512)}  # of Rainbow's streams on vectors and on images: inputs, hidden units
 NOISY = ["value.0", "value.1", "advantage.0", "advantage.1"]
 HEADS = [("value", 0), ("value", 2), ("advantage", 0), ("advantage", 2)]  # CleanRL's places of the same
 KINDS = {"weight": "weight_mu", "weight_sigma": "weight_sigma", "bias": "bias_mu", "bias_sigma": "bias_sigma"}
 
 
 def batch(seed: int, scale: float) -> dict[str, list[Any]]:
-    """Transitions; `scale` is the last atom. Some rewards lie on an atom or beyond the last, some end an episode."""
+    """Transitions of vectors; `scale` is the last atom. Some rewards lie on an atom or beyond the last, some end an
+    episode."""
     random = np.random.RandomState(seed)
     columns = {name: np.round(random.standard_normal((BATCH, OBS)), 3) for name in ("obs", "next_obs")}
     columns["actions"] = random.randint(0, ACTIONS, BATCH)
@@ -48,6 +56,21 @@ def batch(seed: int, scale: float) -> dict[str, list[Any]]:
     columns["terminated"] = np.arange(BATCH) % 5 < 2
     columns["weights"] = np.round(random.uniform(0.2, 1, BATCH), 3)
     return {name: column.tolist() for name, column in columns.items()}
+
+
+def images(seed: int) -> dict[str, torch.Tensor]:
+    """obs, next_obs (BATCH, 4, 84, 84) of random blocks."""
+    blocks = np.random.RandomState(100 + seed).randint(0, 256, (2, BATCH, 4, 12, 12)).astype(np.uint8)
+    obs, next_obs = torch.from_numpy(blocks.repeat(7, axis=3).repeat(7, axis=4))
+    return {"obs": obs, "next_obs": next_obs}
+
+
+def factorised(seed: int, on_images: bool) -> dict[str, list[np.ndarray]]:
+    """For each noisy layer f(e) of its inputs and of its outputs, f(x) = sgn(x) sqrt(|x|)."""
+    random, (inputs, hidden), n_atoms = np.random.RandomState(seed), SIZES[on_images], int(RAINBOW_FLAGS["n_atoms"])
+    sizes = [(inputs, hidden), (hidden, n_atoms), (inputs, hidden), (hidden, n_atoms * ACTIONS)]
+    draws = {name: [random.standard_normal(n) for n in size] for name, size in zip(NOISY, sizes, strict=True)}
+    return {name: [(np.sign(x) * np.sqrt(abs(x))).astype(np.float32) for x in pair] for name, pair in draws.items()}
 
 
 def statements(module: ModuleType, name: str) -> list[ast.stmt]:
@@ -60,16 +83,23 @@ def statements(module: ModuleType, name: str) -> list[ast.stmt]:
     raise ValueError(f"{module.__file__} has no {name}")
 
 
-def steps(module: ModuleType, online: nn.Module, target: nn.Module, names: list[str], flags: Any) -> dict[str, Any]:
+def steps(
+    module: ModuleType, networks: list[nn.Module], names: list[str], flags: Any, on_images: bool
+) -> dict[str, Any]:
     """Two gradient steps of `module` with everything seen. Weights go by the names' order in `parameters()`."""
+    online, target = networks
     found: dict[str, Any] = {"flags": flags, "batches": [], "loss": [], "gradients": [], "params": []}
     fill(online, names, "")
     fill(target, names, "target.")
 
     def sample(_: int) -> SimpleNamespace:
-        found["batches"].append(columns := batch(len(found["batches"]), flags["v_max"]))
+        columns, seen = batch(len(found["batches"]), flags["v_max"]), {}
+        if on_images:  # which are not written down
+            seen = images(len(found["batches"]))
+            columns = {name: column for name, column in columns.items() if name not in seen}
+        found["batches"].append(columns)
         tensors = {name: torch.tensor(column) for name, column in columns.items()}
-        tensors = {name: x.float() if x.is_floating_point() else x for name, x in tensors.items()}
+        tensors = {name: x.float() if x.is_floating_point() else x for name, x in tensors.items()} | seen
         column = {name: tensors[name].unsqueeze(1) for name in ("actions", "rewards", "weights")}
         obs = {"observations": tensors["obs"], "next_observations": tensors["next_obs"]}
         return SimpleNamespace(**obs, **column, dones=tensors["terminated"].float().unsqueeze(1), indices=None)
@@ -99,56 +129,56 @@ def digests(names: list[str], tensors: Any) -> dict[str, list[float]]:
     return {name: digest(name, x.detach().numpy()) for name, x in zip(names, tensors, strict=True)}
 
 
-def c51(module: ModuleType) -> dict[str, Any]:
+def named(layers: list[str], kinds: Any = ("weight", "bias")) -> list[str]:
+    return [f"{layer}.{kind}" for layer in layers for kind in kinds]
+
+
+def c51(module: ModuleType, on_images: bool) -> dict[str, Any]:
     space = SimpleNamespace(n=ACTIONS)
     env = SimpleNamespace(single_action_space=space, single_observation_space=SimpleNamespace(shape=(OBS,)))
-    networks = [module.QNetwork(env, *(C51_FLAGS[name] for name in ("n_atoms", "v_min", "v_max"))) for _ in range(2)]
-    return steps(module, *networks, C51_NAMES, C51_FLAGS)
+    flags = ATARI_FLAGS if on_images else C51_FLAGS
+    networks = [module.QNetwork(env, *(flags[name] for name in ("n_atoms", "v_min", "v_max"))) for _ in range(2)]
+    layers = [f"trunk.{layer}" for layer in range(4 if on_images else 2)]
+    return steps(module, networks, named([*layers, "q.0"]), flags, on_images)
 
 
-def rainbow(module: ModuleType) -> dict[str, Any]:
-    noise = [factorised(np.random.RandomState(seed)) for seed in (10, 11)]  # of the online and the target network
-    networks = []
-    for mine in noise:
-        networks.append(small_rainbow(module))
-        set_noise(networks[-1], mine)
-        networks[-1].reset_noise = lambda: None  # it would draw anew
-    names = ["trunk.0.weight", "trunk.0.bias", *(f"{layer}.{kind}" for layer in NOISY for kind in KINDS)]
-    theirs = [f"{head}_head.{place}.{kind}" for head, place in HEADS for kind in KINDS.values()]
-    assert [name for name, _ in networks[0].named_parameters()] == ["network.0.weight", "network.0.bias", *theirs]
-    found = steps(module, *networks, names, RAINBOW_FLAGS)
-    return {**found, "noise": {"online": noise[0], "target": noise[1]}}
-
-
-def small_rainbow(module: ModuleType) -> nn.Module:
+def rainbow(module: ModuleType, on_images: bool) -> dict[str, Any]:
     env = SimpleNamespace(single_action_space=SimpleNamespace(n=ACTIONS))
-    n_atoms, v_min, v_max = (RAINBOW_FLAGS[name] for name in ("n_atoms", "v_min", "v_max"))
-    network = module.NoisyDuelingDistributionalNetwork(env, n_atoms, v_min, v_max)
+    settings = [RAINBOW_FLAGS[name] for name in ("n_atoms", "v_min", "v_max")]
+    networks = []
+    for seed in (10, 11):  # of the online and of the target network
+        networks.append(module.NoisyDuelingDistributionalNetwork(env, *settings))
+        if not on_images:
+            shrink(networks[-1], module)
+        set_noise(networks[-1], factorised(seed, on_images))
+        networks[-1].reset_noise = lambda: None  # it would draw anew
+    trunk = range(3 if on_images else 1)
+    theirs = named([f"network.{2 * layer}" for layer in trunk])
+    theirs += named([f"{head}_head.{place}" for head, place in HEADS], KINDS.values())
+    assert [name for name, _ in networks[0].named_parameters()] == theirs
+    names = named([f"trunk.{layer}" for layer in trunk]) + named(NOISY, KINDS)
+    return steps(module, networks, names, RAINBOW_FLAGS, on_images)
+
+
+def shrink(network: nn.Module, module: ModuleType) -> None:
+    """To vectors."""
+    (inputs, hidden), n_atoms = SIZES[False], network.n_atoms
 
     class Trunk(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(255.0 * x).relu()  # it divides by 255
 
-    network.network = nn.Sequential(Trunk(OBS, TRUNK))
+    network.network = nn.Sequential(Trunk(OBS, inputs))
     for name, outputs in (("value_head", n_atoms), ("advantage_head", n_atoms * ACTIONS)):
-        layers = module.NoisyLinear(TRUNK, HIDDEN), nn.ReLU(), module.NoisyLinear(HIDDEN, outputs)
+        layers = module.NoisyLinear(inputs, hidden), nn.ReLU(), module.NoisyLinear(hidden, outputs)
         setattr(network, name, nn.Sequential(*layers))
-    return network
 
 
-def factorised(random: np.random.RandomState) -> dict[str, list[list[float]]]:
-    """For each noisy layer f(e) of its inputs and of its outputs, f(x) = sgn(x) sqrt(|x|)."""
-    n_atoms = int(RAINBOW_FLAGS["n_atoms"])
-    sizes = [(TRUNK, HIDDEN), (HIDDEN, n_atoms), (TRUNK, HIDDEN), (HIDDEN, n_atoms * ACTIONS)]
-    draws = {name: [random.standard_normal(n) for n in size] for name, size in zip(NOISY, sizes, strict=True)}
-    return {name: [(np.sign(x) * np.sqrt(abs(x))).round(4).tolist() for x in pair] for name, pair in draws.items()}
-
-
-def set_noise(network: nn.Module, noise: dict[str, list[list[float]]]) -> None:
+def set_noise(network: nn.Module, noise: dict[str, list[np.ndarray]]) -> None:
     layers = [getattr(network, f"{head}_head")[place] for head, place in HEADS]
     for layer, (inputs, outputs) in zip(layers, noise.values(), strict=True):
-        layer.weight_epsilon.copy_(torch.outer(torch.tensor(outputs), torch.tensor(inputs)))
-        layer.bias_epsilon.copy_(torch.tensor(outputs))
+        layer.weight_epsilon.copy_(torch.from_numpy(np.outer(outputs, inputs)))
+        layer.bias_epsilon.copy_(torch.from_numpy(outputs))
 
 
 def main() -> None:
@@ -157,10 +187,12 @@ def main() -> None:
     sys.path[:0] = [str(checkout), str(checkout / "cleanrl")]
     commit = subprocess.check_output(["git", "-C", checkout, "rev-parse", "HEAD"], text=True).strip()
     numbers: dict[str, Any] = {"versions": {"cleanrl": commit} | {name: version(name) for name in ("torch", "numpy")}}
-    numbers["c51"] = c51(importlib.import_module("c51"))
-    numbers["rainbow"] = rainbow(importlib.import_module("rainbow_atari"))
-    target = Path(__file__).resolve().with_name("categorical_numbers.json")
-    target.write_text(json.dumps(rounded(numbers), separators=(",", ":")) + "\n")
+    numbers["c51"] = c51(importlib.import_module("c51"), on_images=False)
+    numbers["c51_images"] = c51(importlib.import_module("c51_atari"), on_images=True)
+    for name, on_images in (("rainbow", False), ("rainbow_images", True)):
+        numbers[name] = rainbow(importlib.import_module("rainbow_atari"), on_images)
+    target = HERE / "categorical_numbers.json"
+    target.write_text(json.dumps(ppo.vectors.rounded(numbers), separators=(",", ":")) + "\n")
 
 
 if __name__ == "__main__":

@@ -14,13 +14,18 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
+import safetensors
 import torch
 from torch import Tensor
 
 NAME, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensors"
 _TREE, _SHA256 = "rl_lab.tree", "rl_lab.sha256"
 _ZEROS = b"0" * 64
+_LONGEST_HEADER = 100_000_000  # bytes, safetensors' own limit
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 _DIGEST = re.compile(rb'(?<="rl_lab\.sha256":")[0-9a-f]{64}')  # within a JSON string the quotes would have backslashes
 
 
@@ -59,26 +64,43 @@ def load(folder: Path) -> dict[str, Any]:
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], keep: Path | None = None) -> None:
-    """Write, as `replace_file` does, a file that any safetensors reader can load."""
-    # Clones, because safetensors refuses tensors that share memory or are not contiguous.
-    own = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
-    blob = safetensors.torch.save(own, metadata | {_SHA256: _ZEROS.decode()})
-    digest = hashlib.sha256(blob).hexdigest().encode()
-    start = blob.index(b'"%s":"' % _SHA256.encode()) + len(_SHA256) + 4
-    replace_file(path, blob[:start], digest, memoryview(blob)[start + 64 :], keep=keep)
+    """Write, as `replace_file` does, a file that any safetensors reader can load.
+
+    No tensor is copied that is dense and on the CPU: a replay may take most of the memory.
+    """
+    dense = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    header: dict[str, Any] = {"__metadata__": metadata | {_SHA256: _ZEROS.decode()}}
+    chunks, end = [], 0
+    for name, t in sorted(dense.items(), key=lambda item: -item[1].element_size()):  # largest first, so all are aligned
+        begin, end = end, end + t.nbytes
+        header[name] = {"dtype": _DTYPES[t.dtype], "shape": list(t.shape), "data_offsets": [begin, end]}
+        chunks.append(t.flatten().view(torch.uint8).numpy().data)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    digest = hashlib.sha256(head)
+    for chunk in chunks:
+        digest.update(chunk)
+    replace_file(path, head.replace(_ZEROS, digest.hexdigest().encode(), 1), *chunks, keep=keep)
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors, on the CPU, and metadata of a file written here; ValueError if it is foreign or damaged."""
-    blob = path.read_bytes()
-    if (digest := _DIGEST.search(blob)) is None:
-        raise ValueError(f"{path} has no rl_lab checksum: it was cut short or another program wrote it")
-    if hashlib.sha256(blob.replace(digest[0], _ZEROS, 1)).hexdigest().encode() != digest[0]:
+    with open(path, "rb") as file:
+        head = file.read(8)
+        head += file.read(min(int.from_bytes(head, "little"), _LONGEST_HEADER))
+        if (found := _DIGEST.search(head)) is None:
+            raise ValueError(f"{path} has no rl_lab checksum: it was cut short or another program wrote it")
+        digest = hashlib.sha256(head.replace(found[0], _ZEROS, 1))
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    if digest.hexdigest().encode() != found[0]:
         raise ValueError(f"{path} is damaged: its content does not match its checksum")
-    header = json.loads(blob[8 : 8 + int.from_bytes(blob[:8], "little")])
-    # Clones, because kernels round differently where memory is not aligned as torch aligns it.
-    tensors = {name: tensor.clone() for name, tensor in safetensors.torch.load(blob).items()}
-    return tensors, {k: v for k, v in header["__metadata__"].items() if k != _SHA256}
+    with safetensors.safe_open(path, "pt") as opened:
+        metadata = opened.metadata()
+        # Clones, because kernels round differently where memory is not aligned as torch aligns it.
+        tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118 (no mapping)
+    return tensors, {key: x for key, x in metadata.items() if key != _SHA256}
 
 
 def replace_file(path: Path, *chunks: bytes | memoryview, keep: Path | None = None) -> None:

@@ -79,6 +79,7 @@ class Run:
                 once for a second signal, and in the first iteration, which may be compiling for long and has little to
                 lose.
         """
+        self.saved = None  # whose replay may take most of the memory
         self.steps_per_iteration = steps
         first, caught = self.iteration, []
         if first >= num_iterations:

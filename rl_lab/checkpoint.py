@@ -74,7 +74,8 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
     for name, t in sorted(dense.items(), key=lambda item: -item[1].element_size()):  # largest first, so all are aligned
         begin, end = end, end + t.nbytes
         header[name] = {"dtype": _DTYPES[t.dtype], "shape": list(t.shape), "data_offsets": [begin, end]}
-        chunks.append(t.flatten().view(torch.uint8).numpy().data)
+        flat = t.as_strided((t.numel(),), (1,))  # of one number the stride may be anything
+        chunks.append(flat.view(torch.uint8).numpy().data)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     head = len(text).to_bytes(8, "little") + text

@@ -65,6 +65,7 @@ def test_special_tensors_and_floats(tmp_path: Path) -> None:
         "transposed": base.view(2, 3).T,
         "shared": base,
         "again": base,
+        "expanded": torch.tensor(5).expand(1),
         "parameter": torch.nn.Parameter(torch.ones(2)),
         "generator": torch.Generator().manual_seed(3).get_state(),
         "nan": torch.tensor([math.nan, -0.0]),
@@ -74,6 +75,7 @@ def test_special_tensors_and_floats(tmp_path: Path) -> None:
     loaded = checkpoint.load(tmp_path)
     assert loaded["transposed"].tolist() == [[0, 3], [1, 4], [2, 5]]
     assert loaded["shared"].tolist() == loaded["again"].tolist() == [0, 1, 2, 3, 4, 5]
+    assert loaded["expanded"].tolist() == [5]
     assert loaded["parameter"].tolist() == [1, 1] and not loaded["parameter"].requires_grad
     assert torch.equal(loaded["generator"], state["generator"])
     assert math.isnan(loaded["nan"][0]) and math.copysign(1, loaded["nan"][1]) == -1

@@ -69,7 +69,15 @@ Contenders = Callable[[Any, Flags, int, Path], list[Contender]]
 
 
 def field(
-    algo: str, script: str, args: Any, flags: Flags, steps: int, runs: Path, batch: int, cleanrl: tuple[int, int]
+    algo: str,
+    script: str,
+    args: Any,
+    flags: Flags,
+    steps: int,
+    runs: Path,
+    batch: int,
+    cleanrl: tuple[int, int],
+    more: dict[str, int] | None = None,
 ) -> list[Contender]:
     """Ours with one seed and with many, Stable-Baselines3's and CleanRL's `script`; logs go to `runs`.
 
@@ -78,8 +86,9 @@ def field(
     Args:
         batch: env steps between our marks, and Stable-Baselines3's.
         cleanrl: env steps between CleanRL's marks, and the one that these are counted from.
+        more: settings of `args` that are not the defaults; CleanRL's flags have the same names.
     """
-    shared = ["--total-timesteps", str(steps)]
+    shared = [f"--{name.replace('_', '-')}={x}" for name, x in {"total_timesteps": steps, **(more or {})}.items()]
     ours = [sys.executable, "-m", "benchmarks.ours", algo, "--env", args.env, "--runs-dir", str(runs), *shared]
     fields = asdict(args) | {"total_timesteps": steps, "runs_dir": str(runs), "mark_every": batch}
     found = [Contender("rl_lab", ours, ROOT, batch)]

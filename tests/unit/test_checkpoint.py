@@ -9,6 +9,8 @@ import os
 import random
 import resource
 import signal
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -225,3 +227,29 @@ def test_parameter_files(tmp_path: Path) -> None:
     assert tensors["w"].tolist() == [1.5, 2.5] and metadata == {"env": 'a "quoted" id'}
     assert safetensors.torch.load_file(path)["w"].tolist() == [1.5, 2.5]
     assert [child.name for child in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+COPIES = """
+import resource, sys
+from pathlib import Path
+import torch
+from rl_lab import checkpoint
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+state, start = {"replay": torch.ones(300, 2**20, dtype=torch.uint8)}, peak()
+checkpoint.save(Path(sys.argv[1]), state)
+saved = peak()
+del state
+checkpoint.load(Path(sys.argv[1]))
+print(saved - start, peak() - start)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads peak memory in Linux's unit")
+def test_a_large_replay_is_not_copied(tmp_path: Path) -> None:
+    """Guards against memory for several replays where there is room for one: MiB beyond 300 to save, and to load."""
+    ended = subprocess.run([sys.executable, "-c", COPIES, tmp_path], capture_output=True, text=True, check=True)
+    saving, loading = map(int, ended.stdout.split())
+    assert saving < 100 and loading < 400  # the file is mapped while its tensors are copied out of it

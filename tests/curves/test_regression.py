@@ -41,7 +41,7 @@ def verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Verdict:
 
     def train(env: str, num_seeds: int, *injected: Inject, algorithm: Any = ppo, **flags: Any) -> str:
         names = tuple(inject.__name__ for inject in injected)
-        keyed = lambda function, key, enabled: Compiled(function, key + names, enabled)  # noqa: E731
+        keyed = lambda function, key, *more, **named: Compiled(function, key + names, *more, **named)  # noqa: E731
         monkeypatch.setattr(algorithm, "Compiled", keyed)
         for inject in injected:
             inject(monkeypatch)

@@ -69,6 +69,18 @@ def ppo(args: dict[str, Any]) -> None:
     ).learn(args["total_timesteps"], callback=PrintSPS(args["mark_every"]))
 
 
+def off_policy(args: dict[str, Any]) -> dict[str, Any]:
+    """What DQN and SAC have in common."""
+    same = ("buffer_size", "learning_starts", "batch_size", "tau", "gamma", "seed")
+    return {name: args[name] for name in same} | {
+        "train_freq": args["train_frequency"],
+        "gradient_steps": 1,
+        "target_update_interval": args["target_network_frequency"],
+        "tensorboard_log": args["runs_dir"],
+        "device": "cpu",
+    }
+
+
 def dqn(args: dict[str, Any]) -> None:
     """Train one seed; TensorBoard logs go to args["runs_dir"]."""
     torch.set_num_threads(args["torch_threads"])
@@ -76,21 +88,11 @@ def dqn(args: dict[str, Any]) -> None:
         "MlpPolicy",
         make_vec_env(args["env"], n_envs=args["num_envs"], seed=args["seed"]),
         learning_rate=args["learning_rate"],
-        buffer_size=args["buffer_size"],
-        learning_starts=args["learning_starts"],
-        batch_size=args["batch_size"],
-        tau=args["tau"],
-        gamma=args["gamma"],
-        train_freq=args["train_frequency"],
-        gradient_steps=1,
-        target_update_interval=args["target_network_frequency"],
         exploration_fraction=args["exploration_fraction"],
         exploration_initial_eps=args["start_e"],
         exploration_final_eps=args["end_e"],
         policy_kwargs={"net_arch": [120, 84]},
-        tensorboard_log=args["runs_dir"],
-        seed=args["seed"],
-        device="cpu",
+        **off_policy(args),
     ).learn(args["total_timesteps"], callback=PrintSPS(args["mark_every"]))
 
 
@@ -101,18 +103,8 @@ def sac(args: dict[str, Any]) -> None:
         "MlpPolicy",
         make_vec_env(args["env"], n_envs=args["num_envs"], seed=args["seed"]),
         learning_rate=args["policy_lr"],
-        buffer_size=args["buffer_size"],
-        learning_starts=args["learning_starts"],
-        batch_size=args["batch_size"],
-        tau=args["tau"],
-        gamma=args["gamma"],
-        train_freq=args["train_frequency"],
-        gradient_steps=1,
-        target_update_interval=args["target_network_frequency"],
         policy_kwargs={"net_arch": [256, 256]},
-        tensorboard_log=args["runs_dir"],
-        seed=args["seed"],
-        device="cpu",
+        **off_policy(args),
     ).learn(args["total_timesteps"], callback=PrintSPS(args["mark_every"]))
 
 

@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import gymnasium as gym
 import numpy as np
@@ -52,14 +53,14 @@ def native(env_id: str, num_envs: int, actions: Tensor) -> Callable[[], object]:
     if not isinstance(env, TensorEnv):
         return lambda: [env.step(row) for row in actions]
 
-    def step(state: State, x: tuple[Tensor, Tensor]) -> tuple[State, tuple[Tensor, ...]]:
-        state, result = env.dynamics(state, *x)
+    def step(state: State, actions: Tensor) -> tuple[State, tuple[Tensor, ...]]:
+        state, result = env.dynamics(state, actions)
         return state, tuple(result)
 
-    compiled = Compiled(lambda *args: scan(step, args[0], args[1:]), ("benchmarks.envs", env.key))
+    compiled = Compiled(partial(scan, step), ("benchmarks.envs", env.key))
 
     def run() -> None:
-        env.state, _ = compiled(env.state, actions, env.draw(STEPS))
+        env.state, _ = compiled(env.state, actions)
 
     return run
 

@@ -38,7 +38,7 @@ class CartPole(TensorEnv):
     def initial(self, draws: Tensor) -> Tensor:
         return 0.1 * draws - 0.05  # the bounds of CartPoleEnv.reset
 
-    def transition(self, physics: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def transition(self, physics: Tensor, actions: Tensor, draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         c = self.original
         _, x_dot, theta, theta_dot = physics.unbind(-1)
         sin, cos = theta.sin(), theta.cos()
@@ -96,7 +96,7 @@ class Acrobot(TensorEnv):
         ddtheta1 = -ratio * ddtheta2 - phi1 / d1
         return torch.stack([dtheta1, dtheta2, ddtheta1, ddtheta2], -1)
 
-    def transition(self, physics: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def transition(self, physics: Tensor, actions: Tensor, draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         c = self.original
         torque = actions - 1.0  # AVAIL_TORQUE = [-1, 0, 1]
         k1 = self.derivative(physics, torque)  # classical Runge-Kutta of order 4
@@ -138,7 +138,7 @@ class MountainCar(TensorEnv):
         terminated = (position >= c.goal_position) & (velocity >= c.goal_velocity)
         return torch.stack([position, velocity], -1), terminated
 
-    def transition(self, physics: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def transition(self, physics: Tensor, actions: Tensor, draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         physics, terminated = self.drive(physics, self.FORCE * (actions - 1).to(physics.dtype))
         return physics, torch.full_like(physics[..., 0], -1.0), terminated
 
@@ -154,7 +154,7 @@ class MountainCarContinuous(MountainCar):
     max_episode_steps = 999
     FORCE = original.power  # GRAVITY stays: the original has the same number as a literal in step
 
-    def transition(self, physics: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def transition(self, physics: Tensor, actions: Tensor, draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         force = actions.squeeze(-1)
         physics, terminated = self.drive(physics, self.FORCE * force.clamp(-1.0, 1.0))
         return physics, 100.0 * terminated - 0.1 * force.square(), terminated
@@ -171,7 +171,7 @@ class Pendulum(TensorEnv):
         theta, theta_dot = (2 * draws - 1).unbind(-1)
         return torch.stack([math.pi * theta, theta_dot], -1)  # DEFAULT_X and DEFAULT_Y of the original's module
 
-    def transition(self, physics: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def transition(self, physics: Tensor, actions: Tensor, draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         c = self.original
         theta, theta_dot = physics.unbind(-1)
         torque = actions.squeeze(-1).clamp(-c.max_torque, c.max_torque)

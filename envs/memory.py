@@ -30,7 +30,7 @@ class Recall(TensorEnv):
     def initial(self, draws: Tensor) -> Tensor:
         return torch.cat([(self.num_cues * draws).floor(), torch.zeros_like(draws)], -1)
 
-    def transition(self, physics: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def transition(self, physics: Tensor, actions: Tensor, draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         cue, steps = physics.unbind(-1)
         terminated = steps + 1 == self.num_steps
         rewards = (terminated & (actions == cue)).to(physics.dtype)

@@ -118,14 +118,14 @@ class Collector:
             normalizer, step = vmap(observe)(normalizer, split_seeds(step, num_seeds))
             return normalizer, merge_seeds(tuple(step))
 
-        def rollout(params: Any, carry: Any, noise: Tensor, draws: Tensor) -> tuple[Any, Rollout]:
+        def rollout(params: Any, carry: Any, noise: Tensor) -> tuple[Any, Rollout]:
             assert isinstance(env, TensorEnv)
 
-            def body(carry: Any, x: tuple[Tensor, Tensor]) -> tuple[Any, Rollout]:
+            def body(carry: Any, noise_t: Tensor) -> tuple[Any, Rollout]:
                 state, normalizer, memory, *obs = carry
                 inputs = _inputs(obs[0] if obs else env.observe(state["physics"]), env.mask(state["physics"]))
-                actions, env_actions, *new = act_rows(params, inputs | memory, x[0])
-                state, step = env.dynamics(state, env_actions, x[1])
+                actions, env_actions, *new = act_rows(params, inputs | memory, noise_t)
+                state, step = env.dynamics(state, env_actions)
                 memory = _forget(new[0], step) if new else memory
                 if observe:
                     normalizer, seen = observe_rows(normalizer, step)
@@ -133,7 +133,7 @@ class Collector:
                 row = _row(inputs, actions, step, state["episode_returns"], state["episode_lengths"])
                 return (state, normalizer, memory, *obs), row
 
-            return scan(body, carry, (noise, draws))
+            return scan(body, carry, noise)
 
         self.env, self.generators = env, generators
         self.normalizer: Any = {}  # of tensors with a leading seed axis S
@@ -177,9 +177,7 @@ class Collector:
         assert isinstance(self.env, TensorEnv)
         # Raw observations follow from the state. Carrying both breaks the compiler where they are the same numbers.
         carry = (self.env.state, self.normalizer, self.memory, *([self.obs] if self._observe else []))
-        (self.env.state, self.normalizer, self.memory, *obs), rollout = self._rollout(
-            params, carry, noise, self.env.draw(len(noise))
-        )
+        (self.env.state, self.normalizer, self.memory, *obs), rollout = self._rollout(params, carry, noise)
         self.obs = obs[0] if obs else self.env.observe(self.env.state["physics"])
         return rollout  # type: ignore[no-any-return]
 

@@ -101,25 +101,39 @@ class TensorEnv(VectorEnv):
     A subclass states its spaces, `max_episode_steps`, `reset_draws` and three pure, batched functions without
     data-dependent shapes: `initial`, `transition`, `observe`. From these `dynamics` makes one step with time limit,
     autoreset and episode statistics; it is what a compiled rollout calls, and what `step` calls.
+
+    Randomness is part of the state: each row has a stream of its own, `uniform`, seeded by its seed's generator. So
+    nothing is drawn ahead of time, the k-th episode of a row starts from the same state whatever was done before, and
+    the streams are the same on every device.
     """
 
     max_episode_steps: int
     reset_draws: int  # uniform numbers in [0, 1) that one reset consumes
+    step_draws: int = 0  # likewise one transition, where it is random
 
     def __init__(self, seeds: Sequence[int], num_envs: int, device: torch.device | str = "cpu") -> None:
         self.seeds = tuple(seeds)
         self.num_envs = num_envs
         self.device = torch.device(device)
-        self.generators = [torch.Generator(self.device).manual_seed(seed) for seed in self.seeds]
-        self.state: State = {}
+        generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
+        streams = [torch.randint(-(2**63), 2**63 - 1, (num_envs,), generator=g) for g in generators]
+        self.state: State = {"stream": torch.cat(streams).to(self.device)}
 
     @abc.abstractmethod
     def initial(self, draws: Tensor) -> Tensor:
-        """First physical states (B, k) from `draws`, (B, reset_draws) uniform in [0, 1); keeps the dtype of `draws`."""
+        """First physical states (B, k) from `draws`, (B, reset_draws) uniform in [0, 1)."""
 
     @abc.abstractmethod
-    def transition(self, physics: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One step of the task: (B, k), (B, ...) -> next physics (B, k), rewards (B,), terminated (B,) bool."""
+    def transition(self, physics: Tensor, actions: Tensor, draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One step of the task.
+
+        Args:
+            physics: (B, k)
+            actions: (B, ...)
+            draws: (B, step_draws) uniform in [0, 1)
+        Returns:
+            next physics (B, k), rewards (B,), terminated (B,) bool.
+        """
 
     @abc.abstractmethod
     def observe(self, physics: Tensor) -> Tensor:
@@ -129,37 +143,41 @@ class TensorEnv(VectorEnv):
         """(B, k) -> (B, A) bool as in `action_mask`, or None."""
         return None
 
-    def dynamics(self, state: State, actions: Tensor, draws: Tensor) -> tuple[State, Step]:
-        """One pure step: `state` as in `self.state`, `draws` (B, reset_draws) used where an episode ended."""
+    def dynamics(self, state: State, actions: Tensor) -> tuple[State, Step]:
+        """One pure step from `state`, which is as in `self.state`, to the next."""
         fresh = state["done"]  # the step before ended an episode, so its totals are over
-        physics, rewards, terminated = self.transition(state["physics"], actions)
+        draws, stream = uniform(state["stream"], self.step_draws)
+        physics, rewards, terminated = self.transition(state["physics"], actions, draws)
         lengths = torch.where(fresh, 0, state["episode_lengths"]) + 1
         returns = torch.where(fresh, 0.0, state["episode_returns"]) + rewards
         truncated = lengths >= self.max_episode_steps
         done = terminated | truncated
         next_obs = self.observe(physics)
+        draws, later = uniform(stream, self.reset_draws)
         physics = torch.where(done.unsqueeze(-1), self.initial(draws), physics)
-        state = {"physics": physics, "done": done, "episode_returns": returns, "episode_lengths": lengths}
+        state = {
+            "stream": torch.where(done, later, stream),
+            "physics": physics,
+            "done": done,
+            "episode_returns": returns,
+            "episode_lengths": lengths,
+        }
         return state, Step(next_obs, rewards, terminated, truncated, self.observe(physics))
 
-    def draw(self, num_steps: int) -> Tensor:
-        """(num_steps, B, reset_draws) uniform numbers, each seed's from its own generator."""
-        shape = (num_steps, self.num_envs, self.reset_draws)
-        return torch.cat([torch.rand(shape, generator=g, device=self.device) for g in self.generators], dim=1)
-
     def reset(self) -> Tensor:
-        physics = self.initial(self.draw(1)[0])
-        rows = len(self.seeds) * self.num_envs
+        draws, stream = uniform(self.state["stream"], self.reset_draws)
+        physics = self.initial(draws)
         self.state = {
+            "stream": stream,
             "physics": physics,
-            "done": torch.zeros(rows, dtype=torch.bool, device=self.device),
-            "episode_returns": torch.zeros(rows, dtype=torch.float64, device=self.device),
-            "episode_lengths": torch.zeros(rows, dtype=torch.int64, device=self.device),
+            "done": torch.zeros(len(stream), dtype=torch.bool, device=self.device),
+            "episode_returns": torch.zeros(len(stream), dtype=torch.float64, device=self.device),
+            "episode_lengths": torch.zeros(len(stream), dtype=torch.int64, device=self.device),
         }
         return self.observe(physics)
 
     def step(self, actions: Tensor) -> Step:
-        self.state, step = self.dynamics(self.state, actions, self.draw(1)[0])
+        self.state, step = self.dynamics(self.state, actions)
         return step
 
     @property
@@ -182,10 +200,30 @@ class TensorEnv(VectorEnv):
         return self.state["episode_lengths"]
 
     def state_dict(self) -> dict[str, Any]:
-        generators = {str(seed): g.get_state() for seed, g in zip(self.seeds, self.generators, strict=True)}
-        return {"state": dict(self.state), "generators": generators}
+        return {"state": dict(self.state)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.state = {name: value.to(self.device) for name, value in state["state"].items()}
-        for seed, generator in zip(self.seeds, self.generators, strict=True):
-            generator.set_state(state["generators"][str(seed)].cpu())
+
+
+def uniform(stream: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """The next numbers of each row's random stream: SplitMix64 (Steele et al. 2014, Fast splittable generators).
+
+    Args:
+        stream: (B,) int64, any value.
+    Returns:
+        (B, number) float32, uniform in [0, 1) in steps of 2**-24; and the streams after them, (B,).
+    """
+    states = stream.unsqueeze(-1) + GOLDEN_GAMMA * torch.arange(number + 1, device=stream.device)
+    z = states[:, 1:]
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
+        z = (z ^ _shifted(z, shift)) * factor
+    return _shifted(z, 40).float() * 2.0**-24, states[:, -1]
+
+
+GOLDEN_GAMMA = -0x61C8864680B583EB  # 2**64 over the golden ratio, as an int64
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """x >> bits of unsigned 64-bit integers."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)

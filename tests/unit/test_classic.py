@@ -14,7 +14,7 @@ from gymnasium.envs.classic_control import continuous_mountain_car
 from torch import Tensor
 
 from rl_lab.envs.classic import CLASSIC, wrap
-from rl_lab.vector import State, TensorEnv
+from rl_lab.vector import State, TensorEnv, uniform
 
 ROWS = 6
 IDS = sorted(CLASSIC)
@@ -39,8 +39,8 @@ def start(env: TensorEnv, dtype: torch.dtype) -> tuple[State, torch.Generator]:
     generator = torch.Generator().manual_seed(1)
     physics = env.initial(torch.rand(ROWS, env.reset_draws, generator=generator, dtype=dtype))
     zeros = torch.zeros(ROWS, dtype=torch.float64)
-    state = {"physics": physics, "done": zeros.bool(), "episode_returns": zeros, "episode_lengths": zeros.long()}
-    return state, generator
+    totals = {"episode_returns": zeros, "episode_lengths": zeros.long()}
+    return {"stream": torch.arange(ROWS), "physics": physics, "done": zeros.bool(), **totals}, generator
 
 
 def act(env_id: str, physics: Tensor, generator: torch.Generator) -> Tensor:
@@ -93,9 +93,9 @@ def test_whole_episodes_equal_gymnasium_in_float64(env_id: str, hand_over: int) 
         for row in range(ROWS) if t % hand_over == 0 else fresh:
             place(peers[row], state["physics"][row])
         actions = act(env_id, state["physics"], generator)
-        draws = torch.rand(ROWS, env.reset_draws, generator=generator, dtype=torch.float64)
-        successor = env.transition(state["physics"], actions)[0]
-        state, step = env.dynamics(state, actions, draws)
+        draws = uniform(state["stream"], env.reset_draws)[0]
+        successor = env.transition(state["physics"], actions, draws[:, :0])[0]
+        state, step = env.dynamics(state, actions)
 
         obs, rewards, terminated, truncated = step_all(peers, actions)
         states = np.array([peer.unwrapped.state for peer in peers])
@@ -115,7 +115,7 @@ def test_whole_episodes_equal_gymnasium_in_float64(env_id: str, hand_over: int) 
             peers[row].reset()
         returns[done], lengths[done] = 0.0, 0
         assert torch.equal(step.obs[~done], step.next_obs[~done])
-        assert torch.equal(step.obs[done], env.observe(env.initial(draws))[done])
+        assert torch.equal(step.obs[done], env.observe(env.initial(draws).double())[done])
         assert (step.obs[done] != step.next_obs[done]).any(1).all()
     assert (False, True) in ends
     assert ((True, False) in ends) == (env_id != "Pendulum-v1")
@@ -129,7 +129,7 @@ def test_each_float32_step_equals_gymnasium(env_id: str) -> None:
         actions = act(env_id, state["physics"], generator)
         for peer, physics in zip(peers, state["physics"], strict=True):
             place(peer, physics)
-        state, step = env.dynamics(state, actions, torch.rand(ROWS, env.reset_draws, generator=generator))
+        state, step = env.dynamics(state, actions)
         obs, rewards, terminated, _ = step_all(peers, actions)
         assert step.next_obs.dtype == step.rewards.dtype == torch.float32
         np.testing.assert_allclose(step.next_obs, obs, rtol=1e-6, atol=1e-5)
@@ -181,14 +181,13 @@ def test_dynamics_has_one_graph_and_vmaps_over_seeds(env_id: str) -> None:
     env = CLASSIC[env_id]([0], ROWS)
     state, generator = start(env, torch.float32)
     actions = act(env_id, state["physics"], generator)
-    draws = torch.rand(ROWS, env.reset_draws, generator=generator)
-    expected = env.dynamics(state, actions, draws)
+    expected = env.dynamics(state, actions)
 
     torch.compiler.reset()
     compiled = torch.compile(env.dynamics, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(state, actions, draws), expected, rtol=0, atol=0)
+    torch.testing.assert_close(compiled(state, actions), expected, rtol=0, atol=0)
 
-    split = torch.utils._pytree.tree_map(lambda x: x.unflatten(0, (2, 3)), (state, actions, draws))
+    split = torch.utils._pytree.tree_map(lambda x: x.unflatten(0, (2, 3)), (state, actions))
     joined = torch.utils._pytree.tree_map(lambda x: x.flatten(0, 1), torch.vmap(env.dynamics)(*split))
     torch.testing.assert_close(joined, expected, rtol=0, atol=0)
 
@@ -200,7 +199,7 @@ def test_dynamics_stays_on_the_device_of_its_input(env_id: str) -> None:
     state, generator = start(env, torch.float32)
     actions = act(env_id, state["physics"], generator).to("meta")
     state = {name: value.to("meta") for name, value in state.items()}
-    _, step = env.dynamics(state, actions, torch.rand(ROWS, env.reset_draws, device="meta"))
+    _, step = env.dynamics(state, actions)
     assert {value.device.type for value in step} == {"meta"}
 
 

@@ -171,7 +171,7 @@ class Toy(TensorEnv):
     def initial(self, draws: Tensor) -> Tensor:
         return 2 * draws - 1
 
-    def transition(self, physics: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def transition(self, physics: Tensor, actions: Tensor, draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         physics = torch.stack([physics[:, 1], (7 * physics[:, 0] + 3 * physics[:, 1] + actions).sin()], -1)
         return physics, physics[:, 0], physics[:, 1] > 0.9
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rl_lab.envs import make
 from rl_lab.envs.adapter import GymnasiumEnv
-from rl_lab.vector import Step, TensorEnv, VectorEnv
+from rl_lab.vector import Step, TensorEnv, VectorEnv, uniform
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*out of date.*:DeprecationWarning")  # Gymnasium on -v4 ids
 
@@ -51,7 +51,7 @@ class TensorCounting(TensorEnv):
         token, planned = draws.unbind(-1)
         return torch.stack([token, 1 + (4 * planned).floor(), torch.zeros_like(token)], -1)
 
-    def transition(self, physics: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def transition(self, physics: Tensor, actions: Tensor, draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         physics = physics + torch.tensor([0.0, 0.0, 1.0])
         return physics, 10 * physics[:, 2] + actions, physics[:, 2] == physics[:, 1]
 
@@ -245,3 +245,52 @@ def test_second_reset_goes_on_with_the_generators(name: str) -> None:
     again = COUNTERS[name]([3], 2)
     assert torch.equal(again.reset(), first)
     assert torch.equal(again.reset(), second)
+
+
+def test_uniform_is_splitmix64() -> None:
+    """Vigna's splitmix64.c from seed 1234567 gives 6457827717110365317, 3203168211198807973, 9817491932198370423."""
+    draws, after = uniform(torch.tensor([1234567, -1]), 3)
+    expected = [x >> 40 for x in (6457827717110365317, 3203168211198807973, 9817491932198370423)]
+    assert (draws[0].double() * 2**24).tolist() == expected
+    assert uniform(torch.tensor([1234567, -1]), 0)[0].shape == (2, 0)
+    once, stream = uniform(torch.tensor([1234567, -1]), 1)
+    rest, end = uniform(stream, 2)
+    assert torch.equal(torch.cat([once, rest], 1), draws)
+    assert torch.equal(end, after)
+
+
+def test_random_streams_are_uniform_and_apart() -> None:
+    stream = TensorCounting([3], 1000).state["stream"]
+    draws = uniform(stream, 100)[0]
+    # Of n uniform numbers: mean 1/2 with error 0.29 / sqrt(n), variance 1/12; correlations of error 1 / sqrt(n).
+    assert abs(draws.mean() - 0.5) < 5 * 0.29 / 1e5**0.5
+    assert abs(draws.var() - 1 / 12) < 0.001
+    assert draws.min() >= 0
+    assert draws.max() < 1
+    across, along = torch.corrcoef(draws.T) - torch.eye(100), torch.corrcoef(draws) - torch.eye(1000)
+    assert across.abs().max() < 6 / 1000**0.5
+    assert along.abs().max() < 6 / 100**0.5
+
+
+def test_transitions_draw_where_a_task_says_so_and_episodes_start_the_same_whatever_was_done() -> None:
+    class Coin(TensorCounting):
+        step_draws = 1
+
+        def transition(self, physics: Tensor, actions: Tensor, draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            physics, _, terminated = super().transition(physics, actions, draws)
+            return physics, draws.squeeze(1), terminated
+
+    env = Coin([1, 2], 3)
+    env.reset()
+    rewards = torch.stack([env.step(torch.zeros(6)).rewards for _ in range(50)])
+    assert len(rewards.unique()) == rewards.numel()
+
+    def starts(policy: Callable[[int], int]) -> list[Tensor]:
+        env = make("CartPole-v1", [1], 1)
+        env.reset()
+        steps = (env.step(torch.tensor([policy(t)])) for t in range(200))
+        return [step.obs[0] for step in steps if step.terminated]
+
+    left, alternating = starts(lambda t: 0), starts(lambda t: t % 2)
+    assert len(left) > len(alternating) > 2
+    assert all(map(torch.equal, left, alternating))

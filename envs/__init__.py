@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import gymnasium as gym
 import torch
 
 from rl_lab.envs.adapter import GymnasiumEnv
 from rl_lab.envs.classic import CLASSIC
+from rl_lab.envs.gridworld import GRIDWORLDS
 from rl_lab.envs.memory import Recall
+from rl_lab.envs.minatar import MINATAR
 from rl_lab.vector import TensorEnv, VectorEnv
 
-NATIVE: dict[str, type[TensorEnv]] = {**CLASSIC, "Recall-v0": Recall}
+NATIVE: dict[str, Callable[..., TensorEnv]] = {**CLASSIC, "Recall-v0": Recall, **GRIDWORLDS, **MINATAR}
 BACKENDS = ("auto", "native", "gymnasium")
 ATARI = '-c constraints.txt -e ".[atari]"'
 INSTALL = {"ale_py": ATARI, "cv2": ATARI, "mujoco": '"gymnasium[mujoco]"'}  # by the package missing

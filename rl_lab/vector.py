@@ -218,7 +218,8 @@ def uniform(stream: Tensor, number: int) -> tuple[Tensor, Tensor]:
     z = states[:, 1:]
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
         z = (z ^ _shifted(z, shift)) * factor
-    return _shifted(z, 40).float() * 2.0**-24, states[:, -1]
+    later = states[:, -1].clone(memory_format=torch.contiguous_format)  # compiled functions take dense tensors only
+    return _shifted(z, 40).float() * 2.0**-24, later
 
 
 GOLDEN_GAMMA = -0x61C8864680B583EB  # 2**64 over the golden ratio, as an int64

@@ -8,11 +8,12 @@ each number stands where the detail happens. Those of algorithms/ppo.py hold too
     pi(a | o_1 ... o_t) = actor(h_t),  V(o_1 ... o_t) = critic(h_t)
 
 Differs from CleanRL's ppo_atari_lstm.py in:
-  - observations are vectors and go through two tanh layers of 64 units (`body`), not through a convolutional network;
+  - observations may also be vectors, which go through two tanh layers of 64 units (`body`);
   - a truncated episode bootstraps from the value of its true successor, under the memory that the episode has;
     `--semantics cleanrl` treats truncation as termination;
   - there is no `--target-kl`;
-  - values and log-probabilities of a rollout are computed after it in one replay: the same numbers to rounding.
+  - values and log-probabilities of a rollout are computed after it in one replay: the same numbers to rounding;
+  - convolutions compute in bfloat16, as Atari's `--bf16` has it.
 
     python -m rl_lab.ppo_lstm --env Recall-v0        expected results: docs/ppo_lstm.md
 """
@@ -23,18 +24,20 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
+import gymnasium as gym
 import torch
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 
+from rl_lab import networks
 from rl_lab.cli import RunArgs, run
 from rl_lab.compiler import Compiled, scan
 from rl_lab.distributions import Actions, Outputs, draw_noise, logprob_and_entropy, sample
 from rl_lab.envs import make
 from rl_lab.networks import Params, flat_size, init_lstm, init_mlp, is_image, lstm, lstm_step, mlp, pack, stack, unpack
-from rl_lab.optim import AdamState, adam, clip_gradients, init_adam
+from rl_lab.optim import AdamState, adam, clip_gradients, in_bf16, init_adam
 from rl_lab.returns import explained_variance, gae
-from rl_lab.rollout import Collector, Inputs, Rollout, contiguous, draw_shuffles, on_device, split_seeds
+from rl_lab.rollout import Collector, Inputs, Rollout, contiguous, draw_shuffles, on_device, over_seeds, split_seeds
 from rl_lab.run import Run
 
 Memory = dict[str, Tensor]  # hidden, cell: (N, H) each
@@ -62,6 +65,7 @@ class Args(RunArgs):
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # bound on the norm of the gradient
     lstm_size: int = 64  # units of the memory, H
+    bf16: bool = False  # compute the convolutions of images in bfloat16
     semantics: Literal["correct", "cleanrl"] = "correct"  # of truncation, see the head of this file
 
     def __post_init__(self) -> None:
@@ -85,10 +89,13 @@ class Args(RunArgs):
 CLEANRL = Args(total_timesteps=10**7, learning_rate=2.5e-4, num_envs=8, num_steps=128, clip_coef=0.1, lstm_size=128)
 
 
-def init_params(obs_size: int, actions: Actions, args: Args, generator: torch.Generator) -> Params:
+def init_params(space: gym.Space[Any], actions: Actions, args: Args, generator: torch.Generator) -> Params:
     """Body, memory (detail 32) and the heads that share them, orthogonally initialised (detail 2)."""
-    params = init_mlp("body", (obs_size, 64, 64), 2**0.5, generator)
-    params |= init_lstm("lstm", 64, args.lstm_size, generator)
+    if is_image(space):
+        params, size = networks.init_nature_cnn("trunk", 1, generator), 512
+    else:
+        params, size = init_mlp("body", (flat_size(space), 64, 64), 2**0.5, generator), 64
+    params |= init_lstm("lstm", size, args.lstm_size, generator)
     params |= init_mlp("actor", (args.lstm_size, actions.num_outputs), 0.01, generator)
     params |= init_mlp("critic", (args.lstm_size, 1), 1.0, generator)
     if actions.low:
@@ -103,7 +110,9 @@ def init_memory(params: Params, rows: int) -> Memory:
 
 
 def body(params: Params, obs: Tensor) -> Tensor:
-    """What the memory sees of an observation: (B, *obs) -> (B, 64)."""
+    """What the memory sees of observations (B, *obs): of vectors (B, 64), of stacked images the newest's (B, 512)."""
+    if "trunk.0.weight" in params:
+        return networks.nature_cnn(params, "trunk", obs[:, -1:])
     return torch.tanh(mlp(params, "body", obs.flatten(1).float(), num_layers=2))
 
 
@@ -114,40 +123,27 @@ def remember(params: Params, obs: Tensor, memory: Memory) -> Memory:
 
 
 def replay(params: Params, rollout: Rollout, memory: Memory) -> Memory:
-    """The memory after each step of obs (T, N, *obs), from `memory` before the first (detail 36): (T, N, H).
-
-    It starts anew, as in acting, where `keep` (T, N) is 0 (detail 34).
-    """
+    """(T, N, H) after each step of obs (T, N, *obs): from `memory` (detail 36), anew where keep (T, N) is 0 (34)."""
     obs = rollout["obs"]
     x = body(params, obs.flatten(0, 1)).unflatten(0, obs.shape[:2])
     hidden, cell = lstm(params, "lstm", x, (memory["hidden"], memory["cell"]), rollout["keep"])
     return {"hidden": hidden, "cell": cell}
 
 
-def value(params: Params, hidden: Tensor) -> Tensor:
-    """V of hidden states: (B, H) -> (B,)."""
-    return mlp(params, "critic", hidden, num_layers=1).squeeze(1)
-
-
-def head(params: Params, hidden: Tensor, inputs: Inputs, actions: Actions) -> Outputs:
-    """What the actor says of the policy at hidden states (B, H), under the mask (B, A) of `inputs` if it has one."""
-    outputs = mlp(params, "actor", hidden, num_layers=1)
+def heads(params: Params, hidden: Tensor, inputs: Inputs, actions: Actions) -> tuple[Outputs, Tensor]:
+    """The policy's numbers and V (B,) at hidden states (B, H), under the mask (B, A) of `inputs` if it has one."""
+    outputs, values = (mlp(params, name, hidden, num_layers=1) for name in ("actor", "critic"))
     if actions.low:
-        return {"mean": outputs, "logstd": params["logstd"]}
+        return {"mean": outputs, "logstd": params["logstd"]}, values.squeeze(1)
     if "mask" in inputs:
         outputs = torch.where(inputs["mask"], outputs, torch.finfo(outputs.dtype).min)
-    return {"logits": outputs}
+    return {"logits": outputs}, values.squeeze(1)
 
 
 def act(params: Params, inputs: Inputs, noise: Tensor | None, actions: Actions) -> tuple[Tensor, Tensor, Memory]:
-    """Actions to store and, clipped for Box, for the environment, and the memory after this step.
-
-    Args:
-        inputs: obs (N, *obs), hidden and cell (N, H), and mask (N, A) where the environment has one.
-        noise: as `draw_noise` gives it; None for the likeliest actions.
-    """
+    """Actions to store and, clipped for Box, for the environment, and the memory; the likeliest without `noise`."""
     memory = remember(params, inputs["obs"], inputs)
-    return *sample(head(params, memory["hidden"], inputs, actions), noise, actions), memory
+    return *sample(heads(params, memory["hidden"], inputs, actions)[0], noise, actions), memory
 
 
 def loss(params: Params, batch: Rollout, memory: Memory, actions: Actions, args: Args) -> tuple[Tensor, Metrics]:
@@ -157,9 +153,11 @@ def loss(params: Params, batch: Rollout, memory: Memory, actions: Actions, args:
         batch: obs (T, M, *obs), actions (T, M, *shape), and keep, logprobs, values, advantages, returns (T, M).
         memory: before the first step, hidden and cell (M, H).
     """
+    params = in_bf16(params, "trunk", args.bf16)
     hidden = replay(params, batch, memory)["hidden"].flatten(0, 1)
     batch = {name: x.flatten(0, 1) for name, x in batch.items()}  # (T * M, ...)
-    logprobs, entropy = logprob_and_entropy(head(params, hidden, batch, actions), batch["actions"], actions)
+    outputs, values = heads(params, hidden, batch, actions)
+    logprobs, entropy = logprob_and_entropy(outputs, batch["actions"], actions)
     assert logprobs.shape == batch["logprobs"].shape == batch["advantages"].shape
     logratio = logprobs - batch["logprobs"]
     ratio = logratio.exp()
@@ -170,18 +168,17 @@ def loss(params: Params, batch: Rollout, memory: Memory, actions: Actions, args:
     clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
     policy_loss = -torch.minimum(advantages * ratio, advantages * clipped).mean()  # [2017, Eq. 7]
 
-    values, old_values, returns = value(params, hidden), batch["values"], batch["returns"]
+    old_values, returns = batch["values"], batch["returns"]
     squares = (values - returns).square()
     if args.clip_vloss:
         near = old_values + (values - old_values).clamp(-args.clip_coef, args.clip_coef)
         squares = torch.maximum(squares, (near - returns).square())
     value_loss = 0.5 * squares.mean()
-    entropy = entropy.mean()
-    total = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss  # [2017, Eq. 9]
+    total = policy_loss - args.ent_coef * entropy.mean() + args.vf_coef * value_loss  # [2017, Eq. 9]
     metrics = {
         "policy_loss": policy_loss,
         "value_loss": value_loss,
-        "entropy": entropy,
+        "entropy": entropy.mean(),
         "old_approx_kl": (-logratio).mean(),
         "approx_kl": ((ratio - 1) - logratio).mean(),
         "clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(),
@@ -197,21 +194,22 @@ def step(params: Params, opt: AdamState, grads: Params, learning_rate: Tensor, a
 
 def targets(params: Params, rollout: Rollout, memory: Memory, actions: Actions, args: Args) -> Rollout:
     """What the minibatches are drawn from, (T, N, ...): a rollout as collected with values and advantages."""
-    terminated, truncated, rewards = rollout["terminated"], rollout["truncated"], rollout["rewards"].float()
+    params, rewards = in_bf16(params, "trunk", args.bf16), rollout["rewards"].float()
+    terminated, truncated = rollout["terminated"], rollout["truncated"]
     done = (terminated | truncated).float()
     keep = torch.cat([torch.ones_like(done[:1]), 1 - done[:-1]])  # the collector has cleared the first step's memory
     batch = {name: rollout[name] for name in ("obs", "mask", "actions") if name in rollout} | {"keep": keep}
     after = {name: x.flatten(0, 1) for name, x in replay(params, batch, memory).items()}
     flat = {name: x.flatten(0, 1) for name, x in batch.items()}
-    logprobs, _ = logprob_and_entropy(head(params, after["hidden"], flat, actions), flat["actions"], actions)
-    values = value(params, after["hidden"]).view_as(rewards)
+    outputs, values = heads(params, after["hidden"], flat, actions)
+    logprobs, _ = logprob_and_entropy(outputs, flat["actions"], actions)
     successors = remember(params, rollout["next_obs"].flatten(0, 1), after)  # under the memory of their own episode
-    next_values = value(params, successors["hidden"]).view_as(rewards)
+    _, next_values = heads(params, successors["hidden"], {}, actions)
+    logprobs, values, next_values = (x.view_as(rewards) for x in (logprobs, values, next_values))
     if args.semantics == "cleanrl":
         terminated = terminated | truncated
     advantages = gae(rewards, values, next_values, terminated, truncated, args.gamma, args.gae_lambda)
-    batch |= {"logprobs": logprobs.view_as(rewards), "values": values, "advantages": advantages}
-    return {**batch, "returns": advantages + values}
+    return {**batch, "logprobs": logprobs, "values": values, "advantages": advantages, "returns": advantages + values}
 
 
 def learn(
@@ -227,24 +225,22 @@ def learn(
     """All epochs of minibatch updates on one rollout: the new params and opt, and metrics (S,).
 
     Args:
-        params: with leading seed axis S.
-        opt: likewise, of the packed parameters {"all": (S, P)}.
-        rollout: (T, B, ...) as collected.
-        memory: before its first step, (B, H).
+        params, opt: with leading seed axis S; opt is of the packed parameters {"all": (S, P)}.
+        rollout, memory: (T, B, ...) as collected, and (B, H) before its first step.
         shuffles: (E * M, S, minibatch) int64; each epoch's M rows cover every environment once (detail 35).
     """
     rollout, memory = split_seeds(rollout, shuffles.shape[1], dim=1), split_seeds(memory, shuffles.shape[1])
     data = vmap(partial(targets, actions=actions, args=args), in_dims=(0, 1, 0))(params, rollout, memory)
     as_dict = vmap(partial(unpack, layout={name: p.shape[1:] for name, p in params.items()}))
-    gradient = vmap(grad_and_value(partial(loss, actions=actions, args=args), has_aux=True))
+    gradient = grad_and_value(partial(loss, actions=actions, args=args), has_aux=True)
+    gradients = over_seeds(gradient, "trunk.0.weight" in params)
     steps = vmap(partial(step, args=args), in_dims=(0, 0, 0, None))
-
-    def choose(data: Rollout, memory: Memory, envs: Tensor) -> tuple[Rollout, Memory]:
-        return {name: x[:, envs] for name, x in data.items()}, {name: x[envs] for name, x in memory.items()}
 
     def minibatch(carry: Any, envs: Tensor, data: Rollout, memory: Memory, rate: Tensor) -> tuple[Any, Metrics]:
         packed, opt = carry
-        grads, (_, metrics) = gradient(as_dict(packed["all"]), *vmap(choose)(data, memory, envs))
+        batch = vmap(lambda data, envs: {name: x[:, envs] for name, x in data.items()})(data, envs)
+        begin = vmap(lambda memory, envs: {name: x[envs] for name, x in memory.items()})(memory, envs)
+        grads, (_, metrics) = gradients(as_dict(packed["all"]), batch, begin)
         return steps(packed, opt, {"all": vmap(pack)(grads)}, rate), metrics
 
     carry = ({"all": vmap(pack)(params)}, opt)
@@ -258,12 +254,10 @@ def learn(
 
 def train(args: Args) -> Run:
     """Train `args.num_seeds` agents; everything is in the run folders afterwards."""
-    where = args.make_options
-    env = make(args.env, args.seeds, args.num_envs, *where)
-    if is_image(env.observation_space):
-        raise ValueError(f"--env {args.env} shows images; python -m rl_lab.ppo takes them, this command takes vectors")
-    actions, generators, obs_size = Actions.of(env.action_space), args.generators(0), flat_size(env.observation_space)
-    params = stack([init_params(obs_size, actions, args, g) for g in generators])
+    env = make(args.env, args.seeds, args.num_envs, *args.make_options)
+    args.require("bf16", is_image(env.observation_space) or not args.bf16, "off for vectors, whose networks are small")
+    actions, generators = Actions.of(env.action_space), args.generators(0)
+    params = stack([init_params(env.observation_space, actions, args, g) for g in generators])
     opt = contiguous(vmap(init_adam)({"all": vmap(pack)(params)}))
     key, memory = ("ppo_lstm", args.key, actions), init_memory(params, args.num_seeds * args.num_envs)
     collector = Collector(env, partial(act, actions=actions), None, generators, key, args.compile, memory)
@@ -278,13 +272,12 @@ def train(args: Args) -> Run:
         remaining = 1.0 - iteration / args.num_iterations if args.anneal_lr else 1.0
         learning_rate = torch.tensor(args.learning_rate * remaining, device=env.device)
         noise = torch.cat([draw_noise(actions, (args.num_steps, args.num_envs), g) for g in generators], dim=1)
-        memory = collector.memory
-        rollout = collector.collect(params, noise)
+        memory, rollout = collector.memory, collector.collect(in_bf16(params, "trunk", args.bf16), noise)
         shuffles = [draw_shuffles(args.num_envs, args.update_epochs, args.num_minibatches, g) for g in generators]
         params, opt, metrics = learner(params, opt, rollout, memory, torch.stack(shuffles, dim=1), learning_rate)
         run.log(rollout, metrics)
         if run.evaluation_due:
-            test_env = make(args.env, args.evaluation_seeds, 10, *where)
+            test_env = make(args.env, args.evaluation_seeds, 10, *args.make_options)
             start = init_memory(params, args.num_seeds * 10)
             run.evaluate(partial(policy, noise=None, actions=actions), params, collector.normalizer, test_env, start)
     run.finish(params, collector.normalizer)
@@ -296,5 +289,11 @@ def policy(params: Params, _: Any, inputs: Inputs, noise: Tensor | None, actions
     return act(params, inputs, noise, actions)[1:]
 
 
+def defaults(env_id: str) -> Args:
+    """The hyper-parameters for `env_id`; bfloat16 for images."""
+    space = make(env_id, seeds=(0,), num_envs=1).observation_space
+    return Args() if env_id == Args.env else replace(CLEANRL, env=env_id, bf16=is_image(space))
+
+
 def main() -> None:
-    run(train, Args, lambda env_id: Args() if env_id == Args.env else replace(CLEANRL, env=env_id))
+    run(train, Args, defaults)

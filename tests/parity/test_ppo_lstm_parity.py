@@ -1,8 +1,8 @@
-"""Two iterations of recurrent PPO against CleanRL's, from the same weights on the same stream.
+"""Recurrent PPO against CleanRL's, from the same weights on the same streams: two iterations on vectors, one on images.
 
-ppo_lstm_numbers.json holds what CleanRL computed, and make_ppo_lstm_numbers.py wrote it. The stream has steps
-that terminate and steps that are truncated, so the memory is cleared within sequences, and the second rollout starts
-from a memory that is not zero.
+ppo_lstm_numbers.json holds what CleanRL computed, and make_ppo_lstm_numbers.py wrote it. The streams have steps that
+terminate, so the memory is cleared within sequences; that of vectors has steps that are truncated too, and its second
+rollout starts from a memory that is not zero.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from types import ModuleType
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -27,10 +29,18 @@ HERE = Path(__file__).parent
 NUMBERS = json.loads((HERE / "ppo_lstm_numbers.json").read_text())
 ARGS = ppo_lstm.Args(**NUMBERS["flags"], lstm_size=128)
 ACTIONS = Actions((3,), ())
-spec = importlib.util.spec_from_file_location("make_ppo_numbers", HERE / "make_ppo_numbers.py")
-assert spec and spec.loader
-peers = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(peers)  # its weights and digests; it runs no peer unless called
+
+
+def beside(name: str) -> ModuleType:
+    """A file of this folder, which is no package; none runs a peer unless called."""
+    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+peers, images = beside("make_ppo_numbers"), beside("test_ppo_images_parity")
 
 
 def rollouts() -> list[Rollout]:
@@ -58,7 +68,7 @@ def assert_digests(tensors: Params, expected: dict[str, list[float]]) -> None:
 
 
 def test_two_iterations() -> None:
-    params = ppo_lstm.init_params(3, ACTIONS, ARGS, torch.Generator())
+    params = ppo_lstm.init_params(gym.spaces.Box(-1, 1, (3,)), ACTIONS, ARGS, torch.Generator())
     layout = {name: p.shape for name, p in params.items()}
     params = {name: torch.from_numpy(peers.initial(name, p.shape)) for name, p in params.items()}
     opt, memory = init_adam({"all": pack(params)}), ppo_lstm.init_memory(params, ARGS.num_envs)
@@ -91,3 +101,28 @@ def test_two_iterations() -> None:
     names |= {"pg_loss": "policy_loss", "entropy_loss": "entropy", "explained_var": "explained_variance"}
     for theirs, ours in names.items():
         assert metrics[f"losses/{ours}"].item() == pytest.approx(NUMBERS["metrics"][theirs], rel=1e-5, abs=1e-6), ours
+
+
+def test_images() -> None:
+    """Guards the network of images, and that it sees the newest of their four frames: CleanRL's was shown no other."""
+    numbers, space = NUMBERS["images"], images.peers.Images.observation_space
+    args = ppo_lstm.Args(**numbers["flags"], semantics="cleanrl", lstm_size=128)
+    params = ppo_lstm.init_params(space, ACTIONS, args, torch.Generator())
+    params = {name: torch.from_numpy(images.peers.initial(name, p.shape)) for name, p in params.items()}
+    opt, memory = init_adam(params), ppo_lstm.init_memory(params, args.num_envs)
+    rollout = images.stream() | {"actions": torch.tensor(numbers["rollout"]["actions"]).long()}
+    assert rollout["terminated"][:-1].any(0).sum() > 1  # sequences within which the memory is cleared
+    data = ppo_lstm.targets(params, rollout, memory, ACTIONS, args)
+    for name in ("logprobs", "values", "advantages"):
+        peer = torch.tensor(numbers["rollout"][name])
+        assert peer.std() > 0.01
+        torch.testing.assert_close(data[name], peer, rtol=1e-5, atol=1e-5)
+    for t, envs in enumerate(torch.tensor(numbers["shuffles"])):
+        batch = {name: x[:, envs] for name, x in data.items()}, {name: x[envs] for name, x in memory.items()}
+        grads, (_, metrics) = grad_and_value(ppo_lstm.loss, has_aux=True)(params, *batch, ACTIONS, args)
+        # Adam's first steps are signs of gradients, so what rounding leaves of small ones grows from step to step.
+        images.assert_digests(grads, numbers["gradients"][t], tolerance=1e-5 if t == 0 else 1e-4)
+        params, opt = ppo_lstm.step(params, opt, grads, torch.tensor(args.learning_rate), args)
+    images.assert_digests(params, numbers["params"], tolerance=1e-4)
+    for name, number in numbers["last"].items():
+        assert metrics[name].item() == pytest.approx(number, rel=1e-5, abs=1e-5), name

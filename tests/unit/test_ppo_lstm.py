@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import pytest
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from rl_lab.rollout import Rollout
 from rl_lab.vector import TensorEnv
 
 # Episodes of 10 steps in rollouts of 16: each rollout but the first starts in the middle of an episode.
+SPACE = Recall((0,), 1).observation_space
 SMALL = Args(num_envs=4, num_steps=16, total_timesteps=4 * 64, lstm_size=8, compile=False)
 
 
@@ -117,7 +117,7 @@ def test_lstm_steps_are_its_sequence() -> None:
 
 def test_initialisation() -> None:
     """Guards detail 32: orthogonal columns of length 1 and zero biases; heads with gains 0.01 and 1; zero memory."""
-    params = ppo_lstm.init_params(5, Actions((4,), ()), CLEANRL, generator())
+    params = ppo_lstm.init_params(SPACE, Actions((4,), ()), CLEANRL, generator())
     for part in ("ih", "hh"):
         weight = params[f"lstm.weight_{part}"]
         torch.testing.assert_close(weight.T @ weight, torch.eye(weight.shape[1]), rtol=0, atol=1e-5)
@@ -216,7 +216,7 @@ def torch_lstm_of(agent: Params, x: Tensor, zeros: Tensor) -> Tensor:
 def test_truncation_bootstraps_under_the_episodes_own_memory() -> None:
     """Guards against the value of the true successor under a memory that was cleared, or not moved on."""
     args, actions = replace(SMALL, gamma=0.5, gae_lambda=0.0), Actions((4,), ())
-    params = ppo_lstm.init_params(5, actions, args, generator())
+    params = ppo_lstm.init_params(SPACE, actions, args, generator())
     memory = {name: torch.randn(1, 8, generator=generator(1)) for name in ("hidden", "cell")}
     obs, next_obs = torch.randn(2, 2, 1, 5, generator=generator(2))
     no, yes = torch.tensor([[False], [False]]), torch.tensor([[True], [False]])
@@ -224,7 +224,7 @@ def test_truncation_bootstraps_under_the_episodes_own_memory() -> None:
     rollout |= {"rewards": torch.zeros(2, 1), "terminated": no, "truncated": yes}
     batch = ppo_lstm.targets(params, rollout, memory, actions, args)
     after = ppo_lstm.remember(params, obs[0], memory)
-    successor = ppo_lstm.value(params, ppo_lstm.remember(params, next_obs[0], after)["hidden"])
+    successor = mlp(params, "critic", ppo_lstm.remember(params, next_obs[0], after)["hidden"], num_layers=1).squeeze(1)
     torch.testing.assert_close(batch["returns"][0], 0.5 * successor)  # returns: r + gamma * V, with lambda 0
     cleanrl = ppo_lstm.targets(params, rollout, memory, actions, replace(args, semantics="cleanrl"))
     assert cleanrl["returns"][0].item() == 0
@@ -302,13 +302,23 @@ def test_refused_flags(flags: dict[str, Any], message: str) -> None:
         Args(**flags)
 
 
-class Images(Recall):
-    observation_space = gym.spaces.Box(0, 255, (4, 84, 84), "uint8")  # type: ignore[arg-type]
+def test_bf16_is_refused_for_vectors(trained: Any) -> None:
+    """Guards against --bf16 that changes nothing."""
+    with pytest.raises(ValueError, match="--bf16 True must be off for vectors"):
+        trained(replace(SMALL, bf16=True))
 
 
-def test_images_are_refused(trained: Any) -> None:
-    with pytest.raises(ValueError, match=r"--env Recall-v0 shows images; python -m rl_lab\.ppo takes them"):
-        trained(SMALL, Images)
+def test_defaults() -> None:
+    """Guards against the settings of the memory task elsewhere: CleanRL's ppo_atari_lstm.py has these."""
+    pytest.importorskip("ale_py", reason="Atari needs ale_py")
+    assert ppo_lstm.defaults("Recall-v0") == Args()
+    images, vectors = (ppo_lstm.defaults(env_id) for env_id in ("PongNoFrameskip-v4", "CartPole-v1"))
+    expected = {"num_envs": 8, "num_steps": 128, "num_minibatches": 4, "update_epochs": 4, "lstm_size": 128}
+    expected |= {"total_timesteps": 10_000_000, "clip_coef": 0.1}
+    for args in (images, vectors):
+        assert {name: getattr(args, name) for name in expected} == expected
+        assert (args.learning_rate, args.gamma, args.gae_lambda) == (2.5e-4, 0.99, 0.95)
+    assert (images.env, images.bf16, vectors.bf16) == ("PongNoFrameskip-v4", True, False)
 
 
 def test_a_loaded_policy_remembers(tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
-"""DQN, C51 and Rainbow on images; each test names the bug it guards. Parity with CleanRL is in tests/parity."""
+"""DQN, C51 and Rainbow on images, and every algorithm's seeds there; each test names the bug it guards.
+
+Parity with CleanRL is in tests/parity.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from torch import Tensor
 from torch.func import vmap
 
 import rl_lab
-from rl_lab.algorithms import c51, dqn, rainbow
+from rl_lab.algorithms import c51, dqn, ppo, ppo_lstm, rainbow
 from rl_lab.compiler import Compiled
 from rl_lab.distributions import Actions
 from rl_lab.networks import Params
@@ -144,6 +147,34 @@ def test_training(algorithm: ModuleType, tmp_path: Path, monkeypatch: pytest.Mon
     assert 0 < moved < 4.1 * algorithm.IMAGES.learning_rate
     policy, obs = rl_lab.load(run.logs.folders[0]), some_batch()["obs"]
     assert torch.equal(policy(obs), algorithm.act(params, {"obs": obs}, None)[0])
+
+
+SHORT = {"total_timesteps": 64, "num_envs": 2, "num_steps": 16, "num_minibatches": 2, "update_epochs": 1}
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "settings"),
+    [(ppo, SHORT), (ppo_lstm, SHORT), (dqn, SMALL)],
+    ids=["ppo", "ppo_lstm", "dqn"],
+)
+def test_a_seed_beside_another_is_that_seed_alone(
+    algorithm: ModuleType, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against convolutions, games, replays or draws that one seed shares with another."""
+    pytest.importorskip("ale_py", reason="Atari needs ale_py")
+    monkeypatch.setattr("os.fsync", lambda _: None)  # a disk may take longer than the training
+    # In bfloat16 a convolution of two seeds at once rounds otherwise than one of each.
+    args = replace(algorithm.defaults("BreakoutNoFrameskip-v4"), **{**settings, "compile": False, "bf16": False})
+    both, alone = (
+        algorithm.train(replace(args, **seeds, runs_dir=tmp_path / str(seeds))).state()
+        for seeds in ({"num_seeds": 2}, {"seed": 2})
+    )
+    assert torch.equal(both["collector"]["obs"][2:], alone["collector"]["obs"])
+    for name, p in both["params"].items():
+        torch.testing.assert_close(p[1:], alone["params"][name], rtol=0, atol=1e-5)
+    for name, x in both["opt"]["first"].items():  # a tenth of the last gradient, and what is left of the others
+        assert alone["opt"]["first"][name].norm() > 0 and not torch.allclose(x[:1], x[1:])
+        torch.testing.assert_close(x[1:], alone["opt"]["first"][name], rtol=1e-3, atol=1e-5)
 
 
 DEFAULTS = {  # of CleanRL's dqn_atari.py, c51_atari.py and rainbow_atari.py

@@ -36,8 +36,14 @@ class Task:
     noise: float  # half-width of the first positions' uniform noise, and scale of the first velocities
     normal_velocity = False  # first velocities are normal, not uniform
 
-    def __init__(self, version: int, xp: Any = np) -> None:
-        """Load the model of `version` 4 or 5; `xp` is the array library, numpy or torch."""
+    def __init__(self, version: int, xp: Any = np, **kind: Any) -> None:
+        """Load the model of `version` 4 or 5.
+
+        Args:
+            version: as in the id.
+            xp: the array library, numpy or torch.
+            kind: dtype and device of constant arrays, as `xp.asarray` takes them.
+        """
         self.version, self.xp = version, xp
         heard = mujoco.get_mju_user_warning()
         mujoco.set_mju_user_warning(lambda _: None)  # deprecations in Gymnasium's models
@@ -45,10 +51,17 @@ class Task:
         mujoco.set_mju_user_warning(heard)
         # A 0-d array, as NumPy would convert a Python number anew in each operation: 0.5 us of each step.
         self.dt = xp.asarray(self.model.opt.timestep * self.frame_skip)
+        self.qpos0 = xp.asarray(self.model.qpos0, **kind)
 
-    def initial(self, rng: np.random.Generator) -> tuple[Array, Array]:
-        """Draw the first (nq,) positions and (nv,) velocities of one environment's episode."""
-        qpos = self.model.qpos0 + rng.uniform(-self.noise, self.noise, self.model.nq)
+    def initial(self, rng: Any) -> tuple[Array, Array]:
+        """Draw the first positions and velocities of an episode.
+
+        Args:
+            rng: a NumPy generator, or what draws (B, size) numbers where that draws (size,).
+        Returns:
+            (nq,) and (nv,), or (B, nq) and (B, nv).
+        """
+        qpos = self.qpos0 + rng.uniform(-self.noise, self.noise, self.model.nq)
         if self.normal_velocity:
             return qpos, self.noise * rng.standard_normal(self.model.nv)
         return qpos, rng.uniform(-self.noise, self.noise, self.model.nv)
@@ -81,8 +94,8 @@ class Locomotion(Task):
     control_cost: float
     bonus = 0.0
 
-    def __init__(self, version: int, xp: Any = np) -> None:
-        super().__init__(version, xp)
+    def __init__(self, version: int, xp: Any = np, **kind: Any) -> None:
+        super().__init__(version, xp, **kind)
         self.control_weight = xp.asarray(self.control_cost, dtype=xp.float32)
 
     def observe(self, s: Arrays) -> Array:
@@ -127,10 +140,10 @@ class Hopper(Locomotion):
 class Walker2d(Hopper):
     xml = "walker2d.xml"
 
-    def __init__(self, version: int, xp: Any = np) -> None:
+    def __init__(self, version: int, xp: Any = np, **kind: Any) -> None:
         if version == 5:
             self.xml = "walker2d_v5.xml"
-        super().__init__(version, xp)
+        super().__init__(version, xp, **kind)
 
     def terminated(self, s: Arrays) -> Array:
         z, angle = s["qpos"][:, 1], s["qpos"][:, 2]
@@ -141,8 +154,8 @@ class Ant(Locomotion):
     xml, frame_skip, noise, normal_velocity = "ant.xml", 5, 0.1, True
     control_cost, bonus = 0.5, 1.0
 
-    def __init__(self, version: int, xp: Any = np) -> None:
-        super().__init__(version, xp)
+    def __init__(self, version: int, xp: Any = np, **kind: Any) -> None:
+        super().__init__(version, xp, **kind)
         self.fields = ("qpos", "qvel", "xpos") if version == 4 else ("qpos", "qvel", "xpos", "cfrc_ext")
 
     def contact(self, s: Arrays) -> Array:
@@ -169,9 +182,9 @@ class Humanoid(Locomotion):
     xml, frame_skip, noise, control_cost, bonus = "humanoid.xml", 5, 1e-2, 0.1, 5.0
     fields = ("qpos", "qvel", "cinert", "cvel", "qfrc_actuator", "cfrc_ext", "xipos", "ctrl")
 
-    def __init__(self, version: int, xp: Any = np) -> None:
-        super().__init__(version, xp)
-        self.mass = xp.asarray(self.model.body_mass)
+    def __init__(self, version: int, xp: Any = np, **kind: Any) -> None:
+        super().__init__(version, xp, **kind)
+        self.mass = xp.asarray(self.model.body_mass, **kind)
 
     def observe(self, s: Arrays) -> Array:
         body, dof = (0, 0) if self.version == 4 else (1, 6)  # -v5 leaves out the world and the free joint
@@ -201,14 +214,22 @@ class Reacher(Task):
     xml, frame_skip, max_episode_steps = "reacher.xml", 2, 50
     fields = ("qpos", "qvel", "xpos")
 
-    def initial(self, rng: np.random.Generator) -> tuple[Array, Array]:
-        qpos = self.model.qpos0 + rng.uniform(-0.1, 0.1, self.model.nq)
+    def initial(self, rng: Any) -> tuple[Array, Array]:
+        qpos = self.qpos0 + rng.uniform(-0.1, 0.1, self.model.nq)
+        goal = self.goal(rng)
+        qvel = rng.uniform(-0.005, 0.005, self.model.nv)
+        qpos[..., -2:], qvel[..., -2:] = goal, 0.0
+        return qpos, qvel
+
+    def goal(self, rng: Any) -> Array:
+        """Draw the target, (2,) or (B, 2), uniform in a disc; in a batch without repeating what falls outside."""
+        if self.xp is not np:
+            radius, angle = 0.2 * rng.uniform(0, 1, 1) ** 0.5, rng.uniform(0, 2 * np.pi, 1)
+            return self.xp.concatenate((radius * self.xp.cos(angle), radius * self.xp.sin(angle)), 1)
         goal = rng.uniform(-0.2, 0.2, 2)
         while np.linalg.norm(goal) >= 0.2:
             goal = rng.uniform(-0.2, 0.2, 2)
-        qvel = rng.uniform(-0.005, 0.005, self.model.nv)
-        qpos[-2:], qvel[-2:] = goal, 0.0
-        return qpos, qvel
+        return goal
 
     def offset(self, s: Arrays) -> Array:
         """From the target (body 4) to the fingertip (body 3), (B, 3)."""
@@ -260,6 +281,6 @@ def squared(x: Array) -> Array:
 
 LOCOMOTION = (HalfCheetah, Hopper, Walker2d, Ant, Humanoid, Swimmer)
 CONTROL = (Reacher, InvertedPendulum, InvertedDoublePendulum)
-TASKS: dict[str, Callable[..., Task]] = {  # Gymnasium's id -> constructor, which takes `xp`
+TASKS: dict[str, Callable[..., Task]] = {  # Gymnasium's id -> constructor, which takes `xp` and `kind`
     f"{task.__name__}-v{version}": partial(task, version) for task in LOCOMOTION + CONTROL for version in (4, 5)
 }

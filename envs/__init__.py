@@ -17,9 +17,15 @@ from rl_lab.envs.minatar import MINATAR
 from rl_lab.vector import TensorEnv, VectorEnv
 
 NATIVE: dict[str, Callable[..., TensorEnv]] = {**CLASSIC, "Recall-v0": Recall, **GRIDWORLDS, **MINATAR}
-BACKENDS = ("auto", "native", "gymnasium")
-ATARI = '-c constraints.txt -e ".[atari]"'
-INSTALL = {"ale_py": ATARI, "cv2": ATARI, "mujoco": '"gymnasium[mujoco]"'}  # by the package missing
+BACKENDS = ("auto", "native", "gymnasium", "mujoco-warp")
+ATARI, GPU = '-c constraints.txt -e ".[atari]"', '-c constraints.txt -e ".[gpu]"'
+INSTALL = {  # by the package missing
+    "ale_py": ATARI,
+    "cv2": ATARI,
+    "mujoco": '"gymnasium[mujoco]"',
+    "mujoco_warp": GPU,
+    "warp": GPU,
+}
 
 
 def make(
@@ -39,9 +45,9 @@ def make(
         seeds: one non-negative integer per agent.
         num_envs: environments per seed.
         device: where the tensors live. MuJoCo, Atari and Gymnasium environments compute on the CPU and hand tensors
-            over.
+            over, unless the backend is "mujoco-warp".
         backend: "native" is this package's batched implementation, "gymnasium" the original, "auto" the native one
-            where there is one.
+            where there is one; "mujoco-warp" simulates MuJoCo's environments on the device, in float32.
         num_threads: threads that share the rows of a native MuJoCo environment.
         sticky_actions: probability that a native Atari game repeats the frame before's action.
     Raises:
@@ -67,7 +73,11 @@ def make(
                 f"sticky_actions={sticky_actions}: only native Atari games, as BreakoutNoFrameskip-v4, have them; 0 is "
                 "the rest's"
             )
-        if backend != "gymnasium":
+        if backend == "mujoco-warp" and num_threads == 1:
+            from rl_lab.envs.mujoco_warp import MujocoWarpEnv  # here, so that the others do not need warp
+
+            return MujocoWarpEnv(env_id, seeds, num_envs, device)
+        if backend in ("auto", "native"):
             if atari and num_threads == 1:
                 from rl_lab.envs.atari import AtariEnv  # here, so that the others need neither ale_py nor cv2
 

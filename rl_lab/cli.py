@@ -49,8 +49,9 @@ class RunArgs:
     """seed of the first agent"""
     num_seeds: int = 1
     """agents trained side by side in this process, with seeds seed, seed + 1, ...; each gets a run folder"""
-    backend: Literal["auto", "native", "gymnasium"] = "auto"
-    """implementation of the environment: auto takes the native batched one where there is one"""
+    backend: Literal["auto", "native", "gymnasium", "mujoco-warp"] = "auto"
+    """implementation of the environment: auto takes the native batched one where there is one, mujoco-warp simulates
+    MuJoCo's on the device"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes cuda where the machine has it"""
     compile: bool = True

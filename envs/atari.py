@@ -139,6 +139,8 @@ class AtariEnv(VectorEnv):
     draws its no-ops and sticky actions from a generator seeded by (seed, i).
     """
 
+    render_fps = 15  # an emulator shows sixty frames a second, and a step skips four
+
     def __init__(
         self,
         env_id: str,
@@ -199,6 +201,10 @@ class AtariEnv(VectorEnv):
         self._obs = obs
         columns = (next_obs, np.sign(rewards).astype(np.float32), terminated, truncated, obs)
         return Step(*map(self._tensor, columns))
+
+    def render(self) -> np.ndarray:
+        """What the first game shows, in its own colours, (210, 160, 3) uint8."""
+        return np.array(self.games[0].seen)
 
     @property
     def game_over(self) -> Tensor:

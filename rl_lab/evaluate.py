@@ -26,7 +26,8 @@ from rl_lab import checkpoint
 from rl_lab.curves.statistics import iqm
 from rl_lab.envs import make
 from rl_lab.episodes import evaluate, evaluation_seeds
-from rl_lab.video import check_format, film
+from rl_lab.vector import VectorEnv
+from rl_lab.video import Shots, check_format, episode, film
 
 MODES = ("deterministic", "sampled")
 STATISTICS = ("mean", "std", "iqm", "min", "max", "mean_length")
@@ -72,6 +73,12 @@ class Policy:
         self._actions = self._algorithm.Actions.of(self.action_space)
         self.generator = torch.Generator().manual_seed(evaluation_seeds([self.seed], (0, 1))[0])
         self.reset()
+
+    def environments(self, seed: int, num_envs: int) -> VectorEnv:
+        """What the run learned in, but episodes that it never saw; another `seed` draws others."""
+        flags = self.config["args"]
+        options = {"backend": flags["backend"], "sticky_actions": flags.get("sticky_actions", 0.0)}
+        return make(self.env_id, evaluation_seeds([self.seed], (seed,)), num_envs, **options)
 
     def reset(self, rows: int = 1) -> None:
         """Forget what a recurrent policy remembers: its next calls play new episodes, `rows` side by side."""
@@ -153,9 +160,7 @@ def _unflatten(tensors: dict[str, Tensor]) -> dict[str, Any]:
 def play(policy: Policy, episodes: int, deterministic: bool, seed: int) -> dict[str, Any]:
     """Statistics over episodes, and the episodes' returns and lengths; std is that of the sample (ddof 0)."""
     num_envs = max(n for n in range(1, 101) if episodes % n == 0)  # side by side, each the same number of episodes
-    flags = policy.config["args"]
-    options = {"backend": flags["backend"], "sticky_actions": flags.get("sticky_actions", 0.0)}
-    env = make(policy.env_id, evaluation_seeds([policy.seed], (seed,)), num_envs, **options)
+    env = policy.environments(seed, num_envs)
     policy.generator.manual_seed(evaluation_seeds([policy.seed], (seed, 1))[0])
     policy.reset(num_envs)
 
@@ -170,6 +175,27 @@ def play(policy: Policy, episodes: int, deterministic: bool, seed: int) -> dict[
     numbers = (returns.mean(), returns.std(), iqm(returns), returns.min(), returns.max(), lengths.mean())
     statistics = {name: float(x) for name, x in zip(STATISTICS, numbers, strict=True)}
     return {**statistics, "returns": returns.tolist(), "lengths": lengths.tolist()}
+
+
+def shots(policy: Policy, seed: int) -> tuple[Shots, float]:
+    """A deterministic episode, drawn, and its frames a second: what `film` takes."""
+    env: Any = policy.environments(seed, 1)
+    policy.reset()
+    if not hasattr(env, "render"):  # only Atari's games draw themselves, and as they are played: lives are episodes
+        return episode(policy, policy.env_id, env.seeds[0])
+
+    def game() -> Shots:
+        obs, picture, over = env.reset(), env.render(), False
+        yield picture.copy, 0.0
+        while not over:
+            step = env.step(policy(obs))
+            obs, over = step.obs, bool(env.game_over)
+            if step.terminated or step.truncated:
+                policy.reset()
+            picture = picture if over else env.render()  # the next game has begun
+            yield picture.copy, float(env.episode_returns)
+
+    return game(), env.render_fps
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -202,9 +228,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 table.add_row(f"mean of {len(rows)} runs, {env_id}", mode, *means, style="bold")
         console.print(table)
         if args.video:
-            seed = evaluation_seeds([policy.seed], (args.seed,))[0]
-            policy.reset()
-            print(film(policy, policy.env_id, seed, args.video))
+            print(film(*shots(policy, args.seed), args.video))
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
 

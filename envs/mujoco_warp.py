@@ -71,14 +71,15 @@ class MujocoWarpEnv(VectorEnv):
             self.contacts, self.constraints = most_contacts(mj, self.model.nxn_geom_pair_filtered.numpy())
             self._check_room(rows)
             self.data = self._make_data(rows)
+            self._advance = self._captured(mjw.step)
+            self._sum_forces = self._captured(mjw.rne_postconstraint) if "cfrc_ext" in self.task.fields else None
+            self._derive = self._captured(mjw.forward) if len(self.task.fields) > 2 else None
+            wp.synchronize_device()  # torch goes on, on a stream of its own
         self._arrays = {name: wp.to_torch(getattr(self.data, name)) for name in self.task.fields}  # share memory
         names = ("qpos", "qvel", "ctrl", "qacc_warmstart", "cfrc_ext", "overflow")
         self._qpos, self._qvel, self._ctrl, self._warmstart, self._forces, self._overflow = (
             wp.to_torch(getattr(self.data, name)) for name in names
         )
-        self._advance = self._captured(mjw.step)
-        self._sum_forces = self._captured(mjw.rne_postconstraint) if "cfrc_ext" in self.task.fields else None
-        self._derive = self._captured(mjw.forward) if len(self.task.fields) > 2 else None
         generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
         streams = [torch.randint(-(2**63), 2**63 - 1, (num_envs,), generator=g) for g in generators]
         self._stream = torch.cat(streams).to(self.device)
@@ -90,7 +91,7 @@ class MujocoWarpEnv(VectorEnv):
 
     def reset(self) -> Tensor:
         self._done = torch.ones(len(self._qpos), dtype=torch.bool, device=self.device)
-        self.episode_returns, self.episode_lengths = self._done.double(), self._done.long()
+        self.episode_returns, self.episode_lengths = 0.0 * self._done.double(), 0 * self._done.long()
         return self._begin(self._arrays)
 
     def step(self, actions: Tensor) -> Step:
@@ -143,21 +144,18 @@ class MujocoWarpEnv(VectorEnv):
         with wp.ScopedCapture(self._warp) as capture:
             work(self.model, self.data)
 
+        graph, device = capture.graph, self.device  # a reference to self would keep it alive
+
         def launch() -> None:
-            stream = wp.stream_from_torch(torch.cuda.current_stream(self.device)) if self._warp.is_cuda else None
-            wp.capture_launch(capture.graph, stream)
+            stream = wp.stream_from_torch(torch.cuda.current_stream(device)) if device.type == "cuda" else None
+            wp.capture_launch(graph, stream)
 
         return launch
 
     def _check_room(self, rows: int) -> None:
         one, two = (nbytes(self._make_data(rows)) for rows in (1, 2))
         per_row = WITH_SCRATCH * (two - one)
-        if self._warp.is_cuda:
-            room = torch.cuda.mem_get_info(self.device)[0]
-        else:
-            room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-            if (info := Path("/proc/meminfo")).exists():  # which counts what caches would give back
-                room = 1024 * int(info.read_text().partition("MemAvailable:")[2].split()[0])
+        room = free_memory(self.device)
         if rows * per_row > room:
             raise ValueError(
                 f"num_envs={self.num_envs} for {len(self.seeds)} seeds takes {rows * per_row / 1e9:.1f} GB, "
@@ -253,6 +251,15 @@ def _align_with_capsules(
     if wp.length(along) > 1.0e-6:  # else upright, and any tangent will do
         along = wp.normalize(along)
         frame[i] = wp.matrix_from_rows(normal, along, wp.cross(normal, along))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes to be had on the device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if (info := Path("/proc/meminfo")).exists():  # which counts what caches would give back
+        return 1024 * int(info.read_text().partition("MemAvailable:")[2].split()[0])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 
 
 def where(rows: Tensor, x: Tensor | float, y: Tensor) -> Tensor:

@@ -62,7 +62,9 @@ def mlp(
 ) -> Tensor:
     """(B, in) -> (B, out), `activation` between the layers."""
     for layer in range(num_layers):
-        x = F.linear(x, params[f"{name}.{layer}.weight"], params[f"{name}.{layer}.bias"])
+        weight, bias = params[f"{name}.{layer}.weight"], params[f"{name}.{layer}.bias"]
+        # Transposed beforehand, a narrow first layer has the gradient x^T g: g^T x takes BLAS several times as long.
+        x = torch.addmm(bias, x, weight.mT.contiguous()) if layer == 0 else F.linear(x, weight, bias)
         if layer < num_layers - 1:
             x = activation(x)
     return x

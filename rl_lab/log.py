@@ -122,9 +122,15 @@ class RunLog:
         self._events[index].pending += _record(event)
 
     def episodes(self, index: int, steps: NDArray[Any], returns: NDArray[Any], lengths: NDArray[Any]) -> None:
-        """A row and an event for each finished episode: (K,) int64, float64 (written without loss) and int64."""
-        for step, value, length in zip(steps.tolist(), returns.tolist(), lengths.tolist(), strict=True):
-            self._episodes[index].pending += f"{step},{value!r},{length}\n".encode()
+        """A row for each finished episode, (K,) in the order of steps: int64, float64 (written without loss), int64.
+
+        TensorBoard gets an event for each step at which any ended, with their means: with many environments several do.
+        """
+        table = zip(steps.tolist(), returns.tolist(), lengths.tolist(), strict=True)
+        self._episodes[index].pending += "".join(f"{step},{x!r},{length}\n" for step, x, length in table).encode()
+        distinct, begins, counts = np.unique(steps, return_index=True, return_counts=True)
+        means = (np.add.reduceat(x, begins) / counts for x in (returns, lengths))
+        for step, value, length in zip(distinct.tolist(), *(x.tolist() for x in means), strict=True):
             self.scalars(index, step, {"charts/episodic_return": value, "charts/episodic_length": length})
 
     def flush(self) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.func import vmap
 
@@ -129,8 +130,11 @@ class Run:
         """
         num_seeds = len(self.args.seeds)
         num_envs = rollout["terminated"].shape[1] // num_seeds
-        names, table = list(metrics), [x.tolist() for x in metrics.values()]
-        for name, row in zip(names, table, strict=True):
+        ended = rollout.get("game_over", rollout["terminated"] | rollout["truncated"])
+        columns = (ended, rollout["episode_returns"], rollout["episode_lengths"], *metrics.values())
+        done, returns, lengths, *values = on_host(columns)  # the one wait of an iteration
+        table: list[list[float]] = [x.tolist() for x in values]
+        for name, row in zip(metrics, table, strict=True):
             if name.endswith("loss") and not all(map(math.isfinite, row)):
                 seed = self.args.seeds[[math.isfinite(x) for x in row].index(False)]
                 given = [x for column, x in rollout.items() if column in ("obs", "next_obs", "rewards")]
@@ -139,18 +143,16 @@ class Run:
                 raise self._diverged(f"{name} of seed {seed}", cause)
         begin = self.iteration * self.steps_per_iteration
         end = begin + self.steps_per_iteration
-        done = rollout.get("game_over", rollout["terminated"] | rollout["truncated"]).cpu().numpy()
         times, rows = done.nonzero()
-        returns = rollout["episode_returns"].cpu().numpy()[times, rows]
-        lengths = rollout["episode_lengths"].cpu().numpy()[times, rows]
+        returns, lengths = returns[times, rows], lengths[times, rows]
         sps = end / (time.monotonic() - self.started)
         for index in range(num_seeds):
             mine = rows // num_envs == index
             if mine.any():
                 self.logs.episodes(index, begin + (times[mine] + 1) * num_envs, returns[mine], lengths[mine])
                 self.recent[index] = [*self.recent[index], *returns[mine].tolist()][-100:]
-            values = {name: row[index] for name, row in zip(names, table, strict=True)}
-            self.logs.scalars(index, end, {**values, "charts/SPS": float(int(sps))})
+            losses = {name: row[index] for name, row in zip(metrics, table, strict=True)}
+            self.logs.scalars(index, end, {**losses, "charts/SPS": float(int(sps))})
         if time.monotonic() - self.flushed > FLUSH_EVERY:
             try:
                 self.logs.flush()
@@ -243,6 +245,14 @@ class Run:
         begin, saved = (i * self.steps_per_iteration for i in (self.iteration, self.checkpointed))
         where = f"{self.logs.checkpoint_folder} keeps the checkpoint of step {saved}"
         return FloatingPointError(f"{what} is not finite after step {begin}; {cause}; {where}")
+
+
+def on_host(tensors: Sequence[Tensor]) -> list[NDArray[Any]]:
+    """Copies as arrays, after at most one wait for the device."""
+    copies = [x.to("cpu", non_blocking=True) for x in tensors]
+    if tensors[0].is_cuda:
+        torch.cuda.synchronize()
+    return [x.numpy() for x in copies]
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Tensor]:

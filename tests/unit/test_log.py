@@ -326,3 +326,13 @@ def test_quiet_progress_prints_nothing(capsys: pytest.CaptureFixture[str]) -> No
     progress.update(100, 1.0, [1.0])
     progress.close()
     assert capsys.readouterr().out == ""
+
+
+def test_episodes_that_end_at_one_step_are_one_event_with_their_mean(tmp_path: Path) -> None:
+    log = make(tmp_path)
+    add_episodes(log, 0, (8, 1.0, 3), (8, 4.0, 4), (12, 7.0, 2))
+    log.close()
+    assert rows(log.folders[0]) == HEADER + "8,1.0,3\n8,4.0,4\n12,7.0,2\n"
+    read = accumulate(log.folders[0])
+    assert [(event.step, event.value) for event in read.Scalars("charts/episodic_return")] == [(8, 2.5), (12, 7.0)]
+    assert [(event.step, event.value) for event in read.Scalars("charts/episodic_length")] == [(8, 3.5), (12, 2.0)]

@@ -5,6 +5,9 @@ the shared library in the cache folder, so that the next process loads it in mil
 compiling for half a minute. The price is that a graph is exact for shapes, dtypes and everything `function` closes
 over: shapes and dtypes are read off the arguments, the rest must be named in `key`.
 
+On a CUDA device the loaded graph is captured as a CUDA graph at its first call, its loops unrolled: each call is then
+one launch, whatever the number of kernels, and waits for nothing.
+
 The cache folder is `$RL_LAB_CACHE`, else `~/.cache/rl_lab`; its libraries are code, as every compiler's cache is:
 keep it as private as the checkout.
 """
@@ -149,6 +152,11 @@ class Compiled:
             shutil.rmtree(folder)
             _compile(self.function, leaves, treespec, self.donate, folder)
             self._graph = _load(folder)
+        if leaves[0].is_cuda:
+            sizes = [len(pytree.tree_leaves(x)) for x in pytree.tree_unflatten(leaves, treespec)]
+            ends = list(itertools.accumulate(sizes))
+            donated = {leaf for i in self.donate for leaf in range(ends[i] - sizes[i], ends[i])}
+            self._graph = _captured(self._graph[0], leaves, donated), self._graph[1]
         return self._graph
 
 
@@ -161,7 +169,38 @@ def _load(folder: Path) -> tuple[Any, Any]:
     """The graph as a function of its leaves, and the tree it returns, with the leaves' numbers for leaves."""
     outspec = pytree.treespec_loads(json.loads((folder / "tree.json").read_text()))
     shape = pytree.tree_unflatten(range(outspec.num_leaves), outspec)
-    return torch._inductor.aoti_load_package(str(folder / "graph.pt2")).loader.run, shape
+    # Its locks around a call, which one thread does without, cannot be captured.
+    package = torch._inductor.aoti_load_package(str(folder / "graph.pt2"), run_single_threaded=True)
+    return package.loader.run, shape
+
+
+def _captured(
+    run: Callable[[list[Tensor]], list[Tensor]], leaves: list[Tensor], donated: set[int]
+) -> Callable[[list[Tensor]], list[Tensor]]:
+    """`run` as a CUDA graph, which works on tensors of its own; for `donated` ones on those of the first call."""
+    static = [x if i in donated else x.clone() for i, x in enumerate(leaves)]
+    given = [x.clone() for x in static]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run(static)  # kernels are loaded at their first launch, which a capture does not allow
+    torch.cuda.current_stream().wait_stream(stream)
+    for x, before in zip(static, given, strict=True):
+        x.copy_(before)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run(static)
+
+    def replay(leaves: list[Tensor]) -> list[Tensor]:
+        foreign = [i for i, x in enumerate(leaves) if x is not static[i]]
+        for i in foreign:
+            static[i].copy_(leaves[i])
+        graph.replay()
+        for i in donated.intersection(foreign):
+            leaves[i].copy_(static[i])
+        return [x.clone() for x in results]
+
+    return replay
 
 
 # The same as torch's `pytree` for trees of dicts, lists and tuples, at a fifth of the time, which small calls feel.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -176,3 +178,83 @@ def test_a_donated_argument_gets_no_other_one(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("RL_LAB_CACHE", str(tmp_path))
     with pytest.raises(ValueError, match="overwritten with another argument"):
         Compiled(lambda x, y: (y.clone(), x + y), "clone", donate=(0,))(torch.ones(2), torch.zeros(2))
+
+
+def drift(state: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Five steps, of which the first result is the state after them."""
+    return scan(lambda s, x: (0.9 * s + x.sin(), s * x), state, x)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("donate", [(), (0,)])
+def test_captured_equals_eager(donate: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each call is one launch: three calls in a row, the last with other memory for the state."""
+    monkeypatch.setenv("RL_LAB_CACHE", str(tmp_path))
+    captured, eager = Compiled(drift, "drift", donate=donate), Compiled(drift, "drift", enabled=False, donate=donate)
+    generator = torch.Generator("cuda").manual_seed(0)
+    state, xs = (torch.randn(*shape, 100, generator=generator, device="cuda") for shape in ((), (5,)))
+    ours, theirs, kept = state.clone(), state.clone(), []
+    for call in range(3):
+        ours = ours.clone() if call == 2 else ours
+        given = ours
+        (ours, ys), (theirs, expected) = captured(ours, xs + call), eager(theirs, xs + call)
+        assert (ours is given) == bool(donate)
+        torch.testing.assert_close((ours, ys), (theirs, expected))
+        kept.append((ys, expected.clone()))
+    for ys, expected in kept:  # outputs are new tensors: later calls leave them alone
+        torch.testing.assert_close(ys, expected)
+
+
+class Recorder:
+    """Stands in for CUDA's capture: what runs while it records is run again, on the same memory, by `replay`."""
+
+    def __init__(self, run: Any) -> None:
+        self.run, self.recording = run, False
+
+    def __call__(self, leaves: list[Tensor]) -> list[Tensor]:
+        if not self.recording:
+            return self.run(leaves)
+        self.leaves, self.results = (
+            leaves,
+            [torch.full_like(x, torch.nan) for x in self.run([x.clone() for x in leaves])],
+        )
+        return self.results
+
+    def replay(self) -> None:
+        for x, new in zip(self.results, self.run(self.leaves), strict=True):
+            x.copy_(new)
+
+
+def test_a_capture_keeps_the_caller_s_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bookkeeping around a capture, without a GPU: the first argument is overwritten with twice itself plus b."""
+
+    def double(leaves: list[Tensor]) -> list[Tensor]:
+        a, b = leaves
+        product = a * b
+        a.mul_(2).add_(b)
+        return [product]
+
+    recorder = Recorder(double)
+
+    @contextlib.contextmanager
+    def recording(_: object) -> Iterator[None]:
+        recorder.recording = True
+        yield
+        recorder.recording = False
+
+    for name in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: recorder)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+
+    a, b = torch.tensor([1.0, 2.0]), torch.tensor([10.0, 20.0])
+    captured = compiler._captured(recorder, [a, b], {0})
+    assert a.tolist() == [1.0, 2.0]  # the warm-up left nothing behind
+    (first,) = captured([a, b])
+    assert (a.tolist(), b.tolist(), first.tolist()) == ([12.0, 24.0], [10.0, 20.0], [10.0, 40.0])
+    (second,) = captured([a, torch.tensor([1.0, 1.0])])
+    assert (a.tolist(), second.tolist(), first.tolist()) == ([25.0, 49.0], [12.0, 24.0], [10.0, 40.0])
+    other = torch.tensor([3.0, 4.0])
+    (third,) = captured([other, b])
+    assert (other.tolist(), third.tolist()) == ([16.0, 28.0], [30.0, 80.0])

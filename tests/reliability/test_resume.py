@@ -116,6 +116,9 @@ HALFCHEETAH = ["--env", "HalfCheetah-v4", "--num-envs", "1", "--total-timesteps"
 OFTEN = ["--learning-starts", "32", "--checkpoint-every", "32"]
 REPLAY = [*CARTPOLE, "--n-step", "3"]  # which forgets its first steps at a third of the run
 SHORT_EPISODES = "from rl_lab.envs.mujoco_tasks import Task; Task.max_episode_steps = 50"
+BREAKOUT = ["--env", "BreakoutNoFrameskip-v4", "--checkpoint-every", "32"]
+# A killed process loses nothing that it wrote, so the disk need not be waited for.
+SHORT_GAMES = "import os, rl_lab.envs.atari as atari; os.fsync, atari.MAX_FRAMES = lambda _: None, 150"
 
 
 @pytest.mark.parametrize(
@@ -137,6 +140,18 @@ def test_killed_at_ten_random_moments(lab: Lab, tmp_path: Path, algo: str, flags
     moments = random.Random(0)
     for name, before in (("calls", CALLS + SHORT_EPISODES), ("writes", WRITES + SHORT_EPISODES)):
         kill_five_times(lab, tmp_path / name, algo, flags, before, moments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("algo", "flags"),
+    [("ppo", []), ("dqn", ["--buffer-size", "160"])],
+    ids=["ppo", "dqn"],
+)
+def test_killed_while_it_plays_atari(lab: Lab, tmp_path: Path, algo: str, flags: list[str]) -> None:
+    """Games, stacked frames and a replay of single frames go on as they were."""
+    pytest.importorskip("ale_py", reason="Atari needs ale_py")
+    kill_five_times(lab, tmp_path, algo, [*BREAKOUT, *flags], CALLS + SHORT_GAMES, random.Random(0))
 
 
 @pytest.mark.slow

@@ -114,6 +114,24 @@ def test_an_episode_begins_as_a_new_one_would(env_id: str) -> None:
 
 
 @slow
+def test_the_second_episode_does_not_depend_on_the_first() -> None:
+    """Its first state follows from the row's stream, which the others' resets leave alone; the solver starts afresh."""
+    brief, long = (MujocoWarpEnv("Hopper-v4", [0], 16) for _ in range(2))
+    actions = random_actions(brief, 8)
+    for env, steps in (brief, 2), (long, 8):
+        env.reset()
+        for t, action in enumerate(actions[:steps]):
+            env.episode_lengths[1::2] += 999 * (t == 1)  # of every other row, already then
+            env.episode_lengths[::2] += 1000 * (t == steps - 1)
+            env.step(action)
+    start, again = (env._fields["qpos"][::2] for env in (brief, long))
+    assert torch.equal(start, again)
+    for action in actions[:4]:
+        a, b = brief.step(action), long.step(action)
+        assert all(torch.equal(x[::2], y[::2]) for x, y in zip(a, b, strict=True))
+
+
+@slow
 def test_shapes_types_and_time_limit() -> None:
     env = MujocoWarpEnv("Reacher-v5", [1, 2], 2)
     first = env.reset()

@@ -49,7 +49,7 @@ class Args(RunArgs):
     """Defaults for Recall-v0 are ours, those for other environments CleanRL's ppo_atari_lstm.py's."""
 
     env: str = "Recall-v0"  # environment id: this package's memory task, or Gymnasium's
-    total_timesteps: int = 50_000  # env steps of one seed, over all its environments
+    total_timesteps: int = 100_000  # env steps of one seed, over all its environments
     learning_rate: float = 2e-3  # of Adam
     num_envs: int = 32  # environments of one seed
     num_steps: int = 20  # steps of each environment in a rollout: gradients reach no further back

@@ -32,10 +32,14 @@ class MujocoWarpEnv(VectorEnv):
     """One of `TASKS`, all rows simulated together in float32.
 
     Tasks, reset distributions, time limits and the age of what MuJoCo derives from positions are those of `MujocoEnv`,
-    to which trajectories agree until float32's rounding has grown (tested). Three things differ. Humanoid's
-    constraints, which its model gives to MuJoCo's PGS solver, are solved by Newton's method, as PGS does not exist
-    here. First states come from a stream of random numbers that each row has, as in `TensorEnv`. And a simulation that
-    becomes unstable is truncated, its last state standing for the successor; MuJoCo would start it over in mid-episode.
+    to which trajectories agree until float32's rounding has grown (tested). These differ:
+    - Humanoid's constraints, which its model gives to MuJoCo's PGS solver, are solved by Newton's method: there is no
+      PGS here.
+    - First states come from a stream of random numbers that each row has, as in `TensorEnv`.
+    - A simulation that becomes unstable is truncated, its last state standing for the successor; MuJoCo would start it
+      over in mid-episode.
+    - On the CPU a saved state continues bit for bit. On a GPU it does so up to rounding, as a repeated run does, since
+      MuJoCo Warp 4.0 takes contacts and constraints in the order in which threads find them.
 
     A step neither waits for the device nor depends in its shapes on data. Physics is recorded once as Warp's graph and
     launched on torch's current stream; on the CPU, too, where it takes a seventh of the time of separate launches.
@@ -67,7 +71,6 @@ class MujocoWarpEnv(VectorEnv):
             self.model = mjw.put_model(mj)
             self.model.callback.contactfilter = align_with_capsules
             self.model.opt.warn_overflow = 0  # `state_dict` does
-            self.model.opt.deterministic = mjw.DeterminismType.ALL  # else a resumed run is not the same run
             self.contacts, self.constraints = most_contacts(mj, self.model.nxn_geom_pair_filtered.numpy())
             self._check_room(rows)
             self.data = self._make_data(rows)

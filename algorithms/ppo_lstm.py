@@ -241,7 +241,8 @@ def learn(
         batch = vmap(lambda data, envs: {name: x[:, envs] for name, x in data.items()})(data, envs)
         begin = vmap(lambda memory, envs: {name: x[envs] for name, x in memory.items()})(memory, envs)
         grads, (_, metrics) = gradients(as_dict(packed["all"]), batch, begin)
-        return steps(packed, opt, {"all": vmap(pack)(grads)}, rate), metrics
+        grads = {"all": vmap(pack)(contiguous(grads))}  # dense: torch 2.13 gives a lone seed's two layouts
+        return steps(packed, opt, grads, rate), metrics
 
     carry = ({"all": vmap(pack)(params)}, opt)
     (packed, opt), metrics = scan(minibatch, carry, shuffles, (data, memory, learning_rate))
@@ -254,6 +255,7 @@ def learn(
 
 def train(args: Args) -> Run:
     """Train `args.num_seeds` agents; everything is in the run folders afterwards."""
+    args.require_room(make(args.env, (0,), 1), args.num_envs, args.num_steps, hidden=64 + 8 * 128)
     env = make(args.env, args.seeds, args.num_envs, *args.make_options)
     args.require("bf16", is_image(env.observation_space) or not args.bf16, "off for vectors, whose networks are small")
     actions, generators = Actions.of(env.action_space), args.generators(0)

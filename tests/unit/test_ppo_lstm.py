@@ -279,6 +279,19 @@ def test_compiled_equals_eager(trained: Any) -> None:
         torch.testing.assert_close(p, compiled["params"][name], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_compiled_equals_eager_on_images(tmp_path: Path) -> None:
+    """Guards the same without `vmap`, as images have it, and a lone seed's gradients, whose layout matters."""
+    pytest.importorskip("ale_py", reason="Atari needs ale_py")
+    args = replace(SMALL, env="BreakoutNoFrameskip-v4", num_envs=2, num_minibatches=2, total_timesteps=64)
+    eager, compiled = (
+        ppo_lstm.train(replace(args, compile=flag, runs_dir=tmp_path / str(flag))).state()["params"]
+        for flag in (False, True)
+    )
+    for name, p in eager.items():
+        torch.testing.assert_close(p, compiled[name], rtol=0, atol=1e-5)
+
+
 def test_an_environment_of_gymnasiums_collects_the_same_memory(tmp_path: Path) -> None:
     """Guards the memory in the loop that steps environments from Python: ratio one there too, where poles fall."""
     states = []

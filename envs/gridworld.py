@@ -57,6 +57,9 @@ def visible(clear: Tensor) -> Tensor:
         for _ in range(VIEW - 1):
             through = reached & row
             reached = reached | through << 1 | through >> 1
+            # The same tensor. The compiler keeps it in memory, where otherwise it would write out all that led to it
+            # at each of its uses, which are three a step.
+            reached = reached.as_strided(reached.shape, reached.stride())
         seen.append(reached)
         through = reached & row
         reached = through | through << 1 | through >> 1
@@ -188,7 +191,7 @@ class DoorKey(GridWorld):
         key_x = torch.where(drop, x + dx, torch.where(held, agent[:, 0], key_x))
         key_y = torch.where(drop, y + dy, torch.where(held, agent[:, 1], key_y))
         toggle = (actions == TOGGLE) & (front == door) & ((door != LOCKED) | carried)
-        door = torch.where(toggle, torch.where(door == OPEN, CLOSED, OPEN), door)
+        door = torch.where(toggle, torch.where(door == OPEN, CLOSED, OPEN).int(), door)
         return torch.stack([key_x, key_y, door_x, door_y, door], -1)
 
 

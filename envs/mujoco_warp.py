@@ -24,7 +24,8 @@ wp.config.log_level = wp.LOG_WARNING  # else it prints a line for each kernel it
 PLANE = wp.constant(int(mujoco.mjtGeom.mjGEOM_PLANE))
 CAPSULE = wp.constant(int(mujoco.mjtGeom.mjGEOM_CAPSULE))
 LARGEST = 1e10  # of stable positions and velocities: mjMAXVAL of MuJoCo
-DROPPED = mjw.OverflowType.ALL & ~(mjw.OverflowType.ITERATIONS | mjw.OverflowType.LS_ITERATIONS)  # limits of MuJoCo's
+# What Warp reports as overflow, without the solver's limits of iterations, which are MuJoCo's own.
+DROPPED = mjw.OverflowType.ALL & ~(mjw.OverflowType.ITERATIONS | mjw.OverflowType.LS_ITERATIONS)
 WITH_SCRATCH = 2  # all memory over that of Warp's `Data`; with the graphs' own it is 1.1 to 1.75, by task
 
 
@@ -94,7 +95,8 @@ class MujocoWarpEnv(VectorEnv):
 
     def reset(self) -> Tensor:
         self._done = torch.ones(len(self._qpos), dtype=torch.bool, device=self.device)
-        self.episode_returns, self.episode_lengths = 0.0 * self._done.double(), 0 * self._done.long()
+        self.episode_returns = torch.zeros_like(self._done, dtype=torch.float64)
+        self.episode_lengths = torch.zeros_like(self._done, dtype=torch.int64)
         return self._begin(self._arrays)
 
     def step(self, actions: Tensor) -> Step:

@@ -244,6 +244,7 @@ def learn(
 def train(args: Args) -> Run:
     """Train `args.num_seeds` agents; everything is in the run folders afterwards."""
     (rank, num_ranks), (whole, args) = ranks(), share(args)  # `whole` is of all ranks under torchrun, `args` this one's
+    args.require_room(make(args.env, (0,), 1), args.num_envs, args.num_steps, hidden=4 * 64)
     env = make(args.env, args.env_seeds(rank), args.num_envs, *args.make_options)
     actions, images = Actions.of(env.action_space), is_image(env.observation_space)
     args.require("normalize", not (images and args.normalize), "off for images")

@@ -11,9 +11,8 @@ Differs from CleanRL's ppo_atari_lstm.py in:
   - observations may also be vectors, which go through two tanh layers of 64 units (`body`);
   - a truncated episode bootstraps from the value of its true successor, under the memory that the episode has;
     `--semantics cleanrl` treats truncation as termination;
-  - there is no `--target-kl`;
-  - values and log-probabilities of a rollout are computed after it in one replay: the same numbers to rounding;
-  - convolutions compute in bfloat16, as Atari's `--bf16` has it.
+  - there is no `--target-kl`, and convolutions compute in bfloat16, as Atari's `--bf16` has it;
+  - values and log-probabilities of a rollout are computed after it in one replay: the same numbers to rounding.
 
     python -m rl_lab.ppo_lstm --env Recall-v0        expected results: docs/ppo_lstm.md
 """
@@ -162,13 +161,12 @@ def loss(params: Params, batch: Rollout, memory: Memory, actions: Actions, args:
     logratio = logprobs - batch["logprobs"]
     ratio = logratio.exp()
 
-    advantages = batch["advantages"]
+    advantages, old_values, returns = (batch[name] for name in ("advantages", "values", "returns"))
     if args.norm_adv:
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
     policy_loss = -torch.minimum(advantages * ratio, advantages * clipped).mean()  # [2017, Eq. 7]
 
-    old_values, returns = batch["values"], batch["returns"]
     squares = (values - returns).square()
     if args.clip_vloss:
         near = old_values + (values - old_values).clamp(-args.clip_coef, args.clip_coef)
@@ -255,7 +253,7 @@ def learn(
 
 def train(args: Args) -> Run:
     """Train `args.num_seeds` agents; everything is in the run folders afterwards."""
-    args.require_room(make(args.env, (0,), 1), args.num_envs, args.num_steps, hidden=64 + 8 * 128)
+    args.require_room(make(args.env, (0,), 1), args.num_envs, args.num_steps, hidden=2 * 64 + 8 * args.lstm_size)
     env = make(args.env, args.seeds, args.num_envs, *args.make_options)
     args.require("bf16", is_image(env.observation_space) or not args.bf16, "off for vectors, whose networks are small")
     actions, generators = Actions.of(env.action_space), args.generators(0)

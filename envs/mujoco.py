@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from rl_lab.envs.mujoco_tasks import TASKS, Arrays
+from rl_lab.memory import require_memory
 from rl_lab.vector import Step, VectorEnv
 
 STATE = mujoco.mjtState.mjSTATE_INTEGRATION  # time, positions, velocities, controls, applied forces, warm start
+DATA_BYTES = 550_000  # what of an `MjData` is used, measured: about the same for HalfCheetah and Humanoid
 
 
 class MujocoEnv(VectorEnv):
@@ -38,12 +40,13 @@ class MujocoEnv(VectorEnv):
             device: where the tensors live; the physics runs on the CPU.
             num_threads: threads that share the rows.
         Raises:
-            ValueError: if env_id is not in TASKS, or num_envs or num_threads is below 1.
+            ValueError: if env_id is not in TASKS, num_envs or num_threads below 1, or memory short.
         """
         if env_id not in TASKS:
             raise ValueError(f"env_id={env_id!r} is no batched MuJoCo environment; there are {', '.join(TASKS)}")
         if num_envs < 1 or num_threads < 1:
             raise ValueError(f"num_envs={num_envs} and num_threads={num_threads} must be at least 1")
+        require_memory(num_envs, len(seeds), DATA_BYTES, torch.device("cpu"))
         self.seeds, self.num_envs, self.device = tuple(seeds), num_envs, torch.device(device)
         self.generators = [np.random.default_rng(seed) for seed in self.seeds]
         self.task = TASKS[env_id]()

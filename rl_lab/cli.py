@@ -25,6 +25,9 @@ import tyro
 from rl_lab.compiler import NoCompiler
 from rl_lab.episodes import evaluation_seeds
 from rl_lab.log import RunLog
+from rl_lab.memory import require_memory
+from rl_lab.networks import NATURE_CNN_SIZE, is_image
+from rl_lab.vector import VectorEnv
 
 _ONE_PROCESS = {"resume", "stop_at"}  # flags of a process, not of its run
 _UNIT = ("in [0, 1]", lambda x: 0 <= x <= 1)
@@ -91,6 +94,20 @@ class RunArgs:
         """Raise a ValueError that names the flag of `field`, what was given and what would work, unless it is valid."""
         if not valid:
             raise ValueError(f"{flag(field)} {getattr(self, field)} must be {wanted}")
+
+    def require_room(self, env: VectorEnv, num_envs: int, num_steps: int, hidden: int) -> None:
+        """Raise a ValueError that says how many environments would fit, unless rollouts and their updates do.
+
+        Args:
+            env: of one row, as a sample; is reset and stepped.
+            num_envs, num_steps: of one seed's rollout.
+            hidden: numbers in the networks' hidden layers for one observation; images have the Nature CNN's.
+        """
+        rows = [env.reset(), torch.as_tensor(np.array(env.action_space.sample())).unsqueeze(0)]
+        rows += [*env.step(rows[1])[:4], env.episode_returns, env.episode_lengths]
+        row = sum(x.nbytes for x in rows)  # stored once, and once more for the minibatches to be drawn from
+        hidden = NATURE_CNN_SIZE if is_image(env.observation_space) else hidden
+        require_memory(num_envs, self.num_seeds, num_steps * (2 * row + 4 * hidden), self.torch_device)
 
     may_be_zero: ClassVar[set[str]] = {"seed", "checkpoint_every", "eval_every", "stop_at"}
 

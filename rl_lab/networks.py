@@ -83,6 +83,7 @@ def is_image(space: gym.Space[Any]) -> TypeGuard[gym.spaces.Box]:
 
 
 NATURE_CNN = ((32, 8, 4), (64, 4, 2), (64, 3, 1))  # filters, kernel and stride of its convolutions
+NATURE_CNN_SIZE = 32 * 20 * 20 + 64 * 9 * 9 + 64 * 7 * 7 + 512  # numbers that it computes for one image
 
 
 def init_nature_cnn(

@@ -11,7 +11,7 @@ from rl_lab.__main__ import commands, is_command
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("algorithms", "envs", "preference", "curves")
-ALLOWED = {  # importing area -> areas it may import; "contract" is rl_lab.vector and rl_lab itself
+ALLOWED = {  # importing area -> areas it may import; "contract" is rl_lab.vector, .memory and rl_lab itself
     "package": {"launcher"},  # rl_lab/__init__.py hands out `load`, on first use
     "core": {"contract", "core"},
     "envs": {"contract", "envs"},
@@ -26,7 +26,7 @@ def area_of_module(module: str) -> str:
     first = module.split(".")[1] if "." in module else ""
     if first in FOLDERS:
         return first
-    return "contract" if first in ("", "vector") else "launcher" if first in commands() else "core"
+    return "contract" if first in ("", "vector", "memory") else "launcher" if first in commands() else "core"
 
 
 def imports(tree: ast.AST) -> set[str]:

@@ -1,0 +1,71 @@
+"""Memory is predicted before it is taken."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from rl_lab import memory
+from rl_lab.algorithms import ppo
+from rl_lab.envs import make
+from rl_lab.memory import free_memory, require_memory
+
+CPU = torch.device("cpu")
+
+
+def test_free_memory_is_below_what_the_machine_has() -> None:
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 2**20 < free_memory(CPU) <= whole
+
+
+def test_says_how_many_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "free_memory", lambda _: 10**9)
+    require_memory(1000, 10, 10**5, CPU)
+    with pytest.raises(
+        ValueError, match=r"num_envs=1001 takes 1.0 GB \(seeds: 10\), 1.0 GB are free on cpu; 1000 would"
+    ):
+        require_memory(1001, 10, 10**5, CPU)
+
+
+def test_too_many_environments_leave_no_run(tmp_path: Path) -> None:
+    """A rollout of CartPole takes 1.1 kB a step, a simulation of MuJoCo 0.5 MB."""
+    args = replace(ppo.Args(), num_envs=10**9, total_timesteps=10**12, runs_dir=tmp_path, device="cpu")
+    with pytest.raises(ValueError, match=r"num_envs=1000000000 takes 14\d+.\d GB .* would fit"):
+        ppo.train(args)
+    with pytest.raises(ValueError, match=r"num_envs=1000000 takes 550.0 GB .* would fit"):
+        make("HalfCheetah-v4", (0,), 10**6)
+    assert not list(tmp_path.iterdir())
+
+
+PEAK = """
+import resource, sys
+from rl_lab.algorithms import ppo
+ppo.main()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def peak(num_envs: int, folder: Path) -> int:
+    """Most bytes that one iteration of 16 steps takes, without the compiler's."""
+    sizes = ["--num-envs", str(num_envs), "--num-steps", "16", "--total-timesteps", str(16 * num_envs)]
+    flags = ["--env", "CartPole-v1", "--device", "cpu", "--no-compile", "--runs-dir", str(folder)]
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, *flags, *sizes, "--update-epochs", "1"], capture_output=True, text=True, check=True
+    )
+    return 1024 * int(done.stdout.split()[-1])
+
+
+def test_prediction_against_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What 16,384 more environments take is what was predicted, or up to 1.5 times less."""
+    predicted: list[int] = []
+    monkeypatch.setattr("rl_lab.cli.require_memory", lambda n, seeds, each, device: predicted.append(n * each))
+    args = replace(ppo.Args(), device="cpu")
+    args.require_room(make("CartPole-v1", (0,), 1), 16384, 16, hidden=4 * 64)
+    measured = peak(20480, tmp_path) - peak(4096, tmp_path)
+    assert measured < predicted[0] < 1.5 * measured

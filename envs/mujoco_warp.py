@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, no_type_check
 
 import gymnasium as gym
@@ -18,6 +16,7 @@ import warp as wp
 from torch import Tensor
 
 from rl_lab.envs.mujoco_tasks import TASKS, Arrays
+from rl_lab.memory import require_memory
 from rl_lab.vector import Step, VectorEnv, uniform
 
 wp.config.log_level = wp.LOG_WARNING  # else it prints a line for each kernel it loads
@@ -73,7 +72,8 @@ class MujocoWarpEnv(VectorEnv):
             self.model.callback.contactfilter = align_with_capsules
             self.model.opt.warn_overflow = 0  # `state_dict` does
             self.contacts, self.constraints = most_contacts(mj, self.model.nxn_geom_pair_filtered.numpy())
-            self._check_room(rows)
+            one, two = (nbytes(self._make_data(rows)) for rows in (1, 2))
+            require_memory(num_envs, len(self.seeds), WITH_SCRATCH * (two - one), self.device)
             self.data = self._make_data(rows)
             self._advance = self._captured(mjw.step)
             self._sum_forces = self._captured(mjw.rne_postconstraint) if "cfrc_ext" in self.task.fields else None
@@ -156,16 +156,6 @@ class MujocoWarpEnv(VectorEnv):
             wp.capture_launch(graph, stream)
 
         return launch
-
-    def _check_room(self, rows: int) -> None:
-        one, two = (nbytes(self._make_data(rows)) for rows in (1, 2))
-        per_row = WITH_SCRATCH * (two - one)
-        room = free_memory(self.device)
-        if rows * per_row > room:
-            raise ValueError(
-                f"num_envs={self.num_envs} for {len(self.seeds)} seeds takes {rows * per_row / 1e9:.1f} GB, "
-                f"{room / 1e9:.1f} GB are free on {self.device}; {room // per_row // len(self.seeds)} would fit"
-            )
 
     def state_dict(self) -> dict[str, Any]:
         if (dropped := self._overflow & DROPPED).any():  # cannot be, by `most_contacts`; to notice if it is
@@ -256,15 +246,6 @@ def _align_with_capsules(
     if wp.length(along) > 1.0e-6:  # else upright, and any tangent will do
         along = wp.normalize(along)
         frame[i] = wp.matrix_from_rows(normal, along, wp.cross(normal, along))
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes to be had on the device."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if (info := Path("/proc/meminfo")).exists():  # which counts what caches would give back
-        return 1024 * int(info.read_text().partition("MemAvailable:")[2].split()[0])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 
 
 def where(rows: Tensor, x: Tensor | float, y: Tensor) -> Tensor:

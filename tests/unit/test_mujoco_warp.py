@@ -17,6 +17,7 @@ import torch
 from scipy.stats import ks_1samp, ks_2samp, norm
 from torch import Tensor
 
+from rl_lab import memory
 from rl_lab.algorithms import ppo
 from rl_lab.cli import Stopped
 from rl_lab.envs import make
@@ -235,7 +236,7 @@ def test_memory_is_what_was_predicted_or_less(monkeypatch: pytest.MonkeyPatch) -
         env.step(random_actions(env, 1)[0])
     amount, unit = re.findall(r"Peak usage:\s+cpu\s+([\d.]+) (\w+)", report[0])[0]
     used = float(amount) * {"KB": 2**10, "MB": 2**20}[unit]
-    monkeypatch.setattr(mujoco_warp, "free_memory", lambda device: 0)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 0)
     with pytest.raises(ValueError, match="0 would fit") as caught:
         MujocoWarpEnv(env_id, [0], 10**6)
     predicted = 512 / 1e6 * 1e9 * float(re.findall(r"takes ([\d.]+) GB", str(caught.value))[0])
@@ -323,7 +324,7 @@ def test_only_shapes_collide_whose_contacts_are_counted(env_id: str) -> None:
         (("CartPole-v1", [0], 1), "backend='mujoco-warp' has no CartPole-v1; it has HalfCheetah-v4"),
         (("Pusher-v5", [0], 1), "backend='mujoco-warp' has no Pusher-v5"),
         (("Hopper-v4", [0], 0), "num_envs=0 must be at least 1"),
-        (("Hopper-v4", [0, 1], 10**9), r"num_envs=1000000000 for 2 seeds takes \d+\.\d GB, .* \d+ would fit"),
+        (("Hopper-v4", [0, 1], 10**9), r"num_envs=1000000000 takes \d+\.\d GB \(seeds: 2\), .* \d+ would fit"),
         (("Hopper-v4", [0], 1, 2), "num_threads=2: only native MuJoCo environments"),
     ],
 )

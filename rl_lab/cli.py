@@ -105,9 +105,9 @@ class RunArgs:
         """
         rows = [env.reset(), torch.as_tensor(np.array(env.action_space.sample())).unsqueeze(0)]
         rows += [*env.step(rows[1])[:4], env.episode_returns, env.episode_lengths]
-        row = sum(x.nbytes for x in rows)  # stored once, and once more for the minibatches to be drawn from
+        row = sum(x.nbytes for x in rows)  # of single steps, then of the rollout, then what minibatches are drawn from
         hidden = NATURE_CNN_SIZE if is_image(env.observation_space) else hidden
-        require_memory(num_envs, self.num_seeds, num_steps * (2 * row + 4 * hidden), self.torch_device)
+        require_memory(num_envs, self.num_seeds, num_steps * (3 * row + 4 * hidden), self.torch_device)
 
     may_be_zero: ClassVar[set[str]] = {"seed", "checkpoint_every", "eval_every", "stop_at"}
 

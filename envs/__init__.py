@@ -40,8 +40,9 @@ def make(
     """Make len(seeds) * num_envs environments in the form of `rl_lab.vector`.
 
     Args:
-        env_id: a Gymnasium id, such as "CartPole-v1"; "module:Name-v0" imports the module that registers it. Recall-v0
-            is this package's own.
+        env_id: a Gymnasium id, such as "CartPole-v1"; "module:Name-v0" imports the module that registers it. Or
+            "module:Class", a `VectorEnv` that is called with (seeds, num_envs, device). Recall-v0 is this package's
+            own.
         seeds: one non-negative integer per agent.
         num_envs: environments per seed.
         device: where the tensors live. MuJoCo, Atari and Gymnasium environments compute on the CPU and hand tensors
@@ -73,6 +74,8 @@ def make(
                 f"sticky_actions={sticky_actions}: only native Atari games, as BreakoutNoFrameskip-v4, have them; 0 is "
                 "the rest's"
             )
+        if (plugin := _plugin(env_id)) and backend == "auto" and num_threads == 1:
+            return plugin(seeds, num_envs, device)
         if backend == "mujoco-warp" and num_threads == 1:
             from rl_lab.envs.mujoco_warp import MujocoWarpEnv  # here, so that the others do not need warp
 
@@ -101,3 +104,10 @@ def make(
         package = getattr(error, "name", None)  # Gymnasium's own errors name no package, they say what to install
         reason = f"it needs {package}: pip install {INSTALL[package]}" if package in INSTALL else error
         raise ValueError(f"{env_id} cannot be made: {reason}") from error
+
+
+def _plugin(env_id: str) -> Callable[..., VectorEnv] | None:
+    """The class that "module:Class" names, None where it is something else."""
+    module, _, name = env_id.partition(":")
+    found = getattr(importlib.import_module(module), name, None) if name else None
+    return found if isinstance(found, type) and issubclass(found, VectorEnv) else None

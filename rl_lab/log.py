@@ -41,7 +41,7 @@ _gzip_member = functools.partial(gzip.compress, compresslevel=1, mtime=0)  # no 
 
 def run_name(env_id: str, algo: str, seed: int, when: int) -> str:
     """The name of a run's folder; `when` in unix seconds."""
-    return f"{env_id.replace('/', '-')}__{algo}__{seed}__{when}"
+    return f"{re.sub('[/:]', '-', env_id)}__{algo}__{seed}__{when}"
 
 
 class RunLog:

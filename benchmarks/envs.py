@@ -1,21 +1,30 @@
-"""Env steps per CPU-second of the native environments beside Gymnasium's own, stepped in turn in one process.
+"""Env steps per CPU-second of the native environments beside Gymnasium's own and gymnax's, in turn in one process.
 
     python -m benchmarks.envs --envs CartPole-v1 HalfCheetah-v4 --num-envs 1 8 64
 
-Random actions drawn beforehand, episodes reset where they end, no policy and no logging. Classic control runs here as a
-rollout runs it, 128 steps in one compiled graph; MuJoCo's tasks and Atari are stepped from Python on one thread. Of
-Gymnasium's SyncVectorEnv and, where it has one (CartPole-v1), its own vector implementation, the faster one counts. For
-Atari (`--envs BreakoutNoFrameskip-v4`) it is ale_py's own vector environment, on one thread: it does less, as it
+Random actions drawn beforehand, episodes reset where they end, no policy and no logging. Environments on tensors run
+here as a rollout runs them, 128 steps in one compiled graph; MuJoCo's tasks and Atari are stepped from Python on one
+thread.
+Of Gymnasium's SyncVectorEnv and, where it has one (CartPole-v1), its own vector implementation, the faster one counts.
+gymnax, where it is installed, likewise compiles 128 steps, and hands out observations, rewards and ends. For
+Atari (`--envs BreakoutNoFrameskip-v4`) the peer is ale_py's own vector environment, on one thread: it does less, as it
 makes its images grey before it resizes them, and shows other frames than CleanRL's wrappers.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import os
+import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -30,6 +39,7 @@ from rl_lab.envs import make
 from rl_lab.vector import State, TensorEnv
 
 STEPS = 128  # of each environment, in one call of what is measured
+GYMNAX = ("CartPole-v1", "Acrobot-v1", "Pendulum-v1", "MountainCar-v0")
 
 
 @dataclass(frozen=True)
@@ -44,6 +54,8 @@ class Flags:
     """CPU seconds of a turn, at least"""
     slices: int = 5
     """turns of each"""
+    save: Path | None = None
+    """JSON file for the result; what is printed goes beside it as .txt"""
 
 
 def native(env_id: str, num_envs: int, actions: Tensor) -> Callable[[], object]:
@@ -78,6 +90,33 @@ def original(env_id: str, num_envs: int, actions: Tensor, mode: str) -> Callable
     return lambda: [env.step(row) for row in rows]
 
 
+def gymnax(env_id: str, num_envs: int, actions: Tensor) -> Callable[[], object]:
+    """The same of gymnax's."""
+    import gymnax
+    import jax
+
+    env, params = gymnax.make(env_id)
+    key = jax.random.key(0)
+    states = jax.vmap(env.reset, (0, None))(jax.random.split(key, num_envs), params)[1]
+    given = jax.numpy.asarray(actions.numpy())
+
+    def step(carry: Any, actions: Any) -> Any:
+        key, states = carry
+        key, draw = jax.random.split(key)
+        keys = jax.random.split(draw, num_envs)
+        obs, states, rewards, *ends, _ = jax.vmap(env.step, (0, 0, 0, None))(keys, states, actions, params)
+        return (key, states), (obs, rewards, ends)
+
+    steps = jax.jit(lambda carry: jax.lax.scan(step, carry, given))
+
+    def run() -> None:
+        nonlocal key, states
+        (key, states), rows = steps((key, states))
+        jax.block_until_ready(rows)
+
+    return run
+
+
 def sps(run: Callable[[], object], num_envs: int, seconds: float) -> float:
     """Env steps per CPU-second over a turn."""
     calls, begin = 0, time.process_time()
@@ -87,29 +126,65 @@ def sps(run: Callable[[], object], num_envs: int, seconds: float) -> float:
     return calls * STEPS * num_envs / spent
 
 
-def main() -> None:
-    """Parse, measure and print."""
-    flags = tyro.cli(Flags, description=__doc__)
-    torch.set_num_threads(1)
-    table = Table("", "envs", title="Env steps per CPU-second: medians, and median of the ratios")
-    for column in ("native", "Gymnasium", "×"):
-        table.add_column(column, justify="right")
+def measure(flags: Flags) -> dict[str, Any]:
+    """Speeds of every turn, by environment, number of environments, and contender."""
+    results: dict[str, dict[str, dict[str, list[float]]]] = {}
+    load = os.getloadavg()
     for env_id in flags.envs:
         for num_envs in flags.num_envs:
             space = make(env_id, (0,), 1).action_space
             space.seed(0)
             actions = torch.as_tensor(np.stack([[space.sample() for _ in range(num_envs)] for _ in range(STEPS)]))
             modes = ["sync"] if gym.spec(env_id).vector_entry_point is None else ["sync", "vector_entry_point"]
-            runs = [native(env_id, num_envs, actions), *(original(env_id, num_envs, actions, m) for m in modes)]
-            for run in runs:
-                run()  # warm-up, and compilation
-            turns = [[sps(run, num_envs, flags.seconds) for run in runs] for _ in range(flags.slices)]
-            ours, *theirs = zip(*turns, strict=True)
-            peer = max(theirs, key=statistics.median)
-            ratio = statistics.median(a / b for a, b in zip(ours, peer, strict=True))
-            speeds = (f"{statistics.median(x):,.0f}" for x in (ours, peer))
-            table.add_row(env_id, str(num_envs), *speeds, f"{ratio:.2f}")
-    Console(width=100).print(table)
+            field = {"rl_lab": native(env_id, num_envs, actions)}
+            field |= {f"Gymnasium, {mode}": original(env_id, num_envs, actions, mode) for mode in modes}
+            if env_id in GYMNAX and importlib.util.find_spec("gymnax"):
+                field["gymnax"] = gymnax(env_id, num_envs, actions)
+            speeds: dict[str, list[float]] = {name: [] for name in field}
+            for turn in range(flags.slices + 1):  # the first is warm-up, and compilation
+                for name, run in field.items():
+                    found = sps(run, num_envs, flags.seconds)
+                    speeds[name] += [found] if turn else []
+            results.setdefault(env_id, {})[str(num_envs)] = speeds
+    cpu = next(x.partition(": ")[2] for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x)
+    names = ["torch", "numpy", "gymnasium", "mujoco"] + ["jax", "gymnax"] * bool(importlib.util.find_spec("gymnax"))
+    return {
+        "results": results,
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in names},
+        "machine": {"cpu": cpu, "cores": os.cpu_count(), "load_before": load, "load_after": os.getloadavg()},
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def table(report: dict[str, Any]) -> Table:
+    """The result for people: medians, and the medians of our ratio to each peer in the same turn."""
+    found = Table("", "envs", title="Env steps per CPU-second: medians, and medians of the ratios")
+    for column in ("rl_lab", "Gymnasium", "×", "gymnax", "×"):
+        found.add_column(column, justify="right")
+    for env_id, by_number in report["results"].items():
+        for number, speeds in by_number.items():
+            originals = [name for name in speeds if name.startswith("Gymnasium")]
+            cells = [f"{statistics.median(speeds['rl_lab']):,.0f}"]
+            for peer in (max(originals, key=lambda name: statistics.median(speeds[name])), "gymnax"):
+                theirs = speeds.get(peer)
+                ratio = theirs and statistics.median(a / b for a, b in zip(speeds["rl_lab"], theirs, strict=True))
+                cells += [f"{statistics.median(theirs):,.0f}", f"{ratio:.2f}"] if theirs else ["–", "–"]
+            found.add_row(env_id, f"{int(number):,}", *cells)
+    return found
+
+
+def main() -> None:
+    """Parse, measure, print and save."""
+    flags = tyro.cli(Flags, description=__doc__)
+    torch.set_num_threads(1)
+    report = measure(flags)
+    console = Console(width=110, record=True)
+    console.print(table(report))
+    for name in ("versions", "machine"):
+        console.print(f"{name}: {json.dumps(report[name])}")
+    if flags.save:
+        flags.save.write_text(json.dumps(report, indent=1) + "\n")
+        flags.save.with_suffix(".txt").write_text(console.export_text())
 
 
 if __name__ == "__main__":

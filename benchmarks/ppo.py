@@ -5,6 +5,7 @@ python -m benchmarks.ppo --env HalfCheetah-v4 --cleanrl ../cleanrl --cleanrl-pyt
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,10 +15,10 @@ from rl_lab.algorithms.ppo import defaults
 
 def measure(flags: race.Flags) -> dict[str, Any]:
     """All mark the end of each iteration."""
-    args = defaults(flags.env)
+    args = replace(defaults(flags.env), **flags.changed)
     batch = args.num_envs * args.num_steps
     script = "ppo_continuous_action.py" if args.normalize else f"ppo{race.atari(flags.env)}.py"
-    contenders = partial(race.field, "ppo", script, batch=batch, cleanrl=(batch, 0))
+    contenders = partial(race.field, "ppo", script, batch=batch, cleanrl=(batch, 0), more=flags.changed)
     return race.measure(flags, args, contenders, batch, first=batch)
 
 

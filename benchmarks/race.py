@@ -49,8 +49,15 @@ class Flags:
     """turns of each contender"""
     num_seeds: int = 10
     """agents of the contender that trains many at once; 1 leaves it out"""
+    settings: tuple[str, ...] = ()
+    """NAME=NUMBER each, for everyone, where not the defaults, as num_envs=1024"""
     save: Path | None = None
     """JSON file for the result; what is printed goes beside it as .txt"""
+
+    @property
+    def changed(self) -> dict[str, int]:
+        """The settings."""
+        return {name: int(number) for name, _, number in (word.partition("=") for word in self.settings)}
 
 
 @dataclass(frozen=True)
@@ -215,7 +222,7 @@ def measure(flags: Flags, args: Any, contenders: Contenders, batch: int, first: 
         result["warm"] = {c: result["whole"][c] + rest * result["loop"][c] for c in result["whole"]}
         result["cold"] = {c: result["warm"][c] + result["compile"][c] for c in result["warm"]}
     return {
-        "env": flags.env,
+        "env": ", ".join((flags.env, *flags.settings)),
         "steps": steps,
         "budget": budget,
         "results": results,

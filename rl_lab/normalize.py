@@ -42,7 +42,7 @@ def update_moments(moments: Moments, batch: Tensor, mask: Tensor | None = None) 
 
 def standardize(moments: Moments, x: Tensor, clip: float) -> Tensor:
     """(x - mean) / sqrt(var + 1e-8), clipped to +-clip, as float32."""
-    return ((x - moments["mean"]) / (moments["var"] + 1e-8).sqrt()).clamp(-clip, clip).float()
+    return ((x.double() - moments["mean"]) / (moments["var"] + 1e-8).sqrt()).clamp(-clip, clip).float()
 
 
 def begin(obs: Tensor) -> tuple[dict[str, Any], Tensor]:

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
@@ -54,13 +54,15 @@ class Flags:
     """CPU seconds of a turn, at least"""
     slices: int = 5
     """turns of each"""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """of the native environments; on a GPU all figures are steps per second of wall time, as it does the work"""
     save: Path | None = None
     """JSON file for the result; what is printed goes beside it as .txt"""
 
 
 def native(env_id: str, num_envs: int, actions: Tensor) -> Callable[[], object]:
     """A function that takes STEPS steps in each of the native environments; actions (STEPS, num_envs, ...)."""
-    env = make(env_id, (0,), num_envs, backend="native")
+    env = make(env_id, (0,), num_envs, actions.device, backend="native")
     env.reset()
     if not isinstance(env, TensorEnv):
         return lambda: [env.step(row) for row in actions]
@@ -117,10 +119,16 @@ def gymnax(env_id: str, num_envs: int, actions: Tensor) -> Callable[[], object]:
     return run
 
 
-def sps(run: Callable[[], object], num_envs: int, seconds: float) -> float:
-    """Env steps per CPU-second over a turn."""
-    calls, begin = 0, time.process_time()
-    while (spent := time.process_time() - begin) < seconds:
+def gpu_time() -> float:
+    """Wall seconds, once the GPU has done what it was given."""
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def sps(run: Callable[[], object], num_envs: int, seconds: float, clock: Callable[[], float]) -> float:
+    """Env steps per second of the clock over a turn."""
+    calls, begin = 0, clock()
+    while (spent := clock() - begin) < seconds:
         run()
         calls += 1
     return calls * STEPS * num_envs / spent
@@ -129,36 +137,39 @@ def sps(run: Callable[[], object], num_envs: int, seconds: float) -> float:
 def measure(flags: Flags) -> dict[str, Any]:
     """Speeds of every turn, by environment, number of environments, and contender."""
     results: dict[str, dict[str, dict[str, list[float]]]] = {}
-    load = os.getloadavg()
+    load, clock = os.getloadavg(), gpu_time if flags.device == "cuda" else time.process_time
     for env_id in flags.envs:
         for num_envs in flags.num_envs:
             space = make(env_id, (0,), 1).action_space
             space.seed(0)
             actions = torch.as_tensor(np.stack([[space.sample() for _ in range(num_envs)] for _ in range(STEPS)]))
-            modes = ["sync"] if gym.spec(env_id).vector_entry_point is None else ["sync", "vector_entry_point"]
-            field = {"rl_lab": native(env_id, num_envs, actions)}
+            own = gym.spec(env_id).vector_entry_point is not None
+            modes = ["vector_entry_point"] * own + ["sync"] * (not own or num_envs <= 64)  # else minutes behind its own
+            field = {"rl_lab": native(env_id, num_envs, actions.to(flags.device))}
             field |= {f"Gymnasium, {mode}": original(env_id, num_envs, actions, mode) for mode in modes}
             if env_id in GYMNAX and importlib.util.find_spec("gymnax"):
                 field["gymnax"] = gymnax(env_id, num_envs, actions)
             speeds: dict[str, list[float]] = {name: [] for name in field}
             for turn in range(flags.slices + 1):  # the first is warm-up, and compilation
                 for name, run in field.items():
-                    found = sps(run, num_envs, flags.seconds)
+                    found = sps(run, num_envs, flags.seconds, clock)
                     speeds[name] += [found] if turn else []
             results.setdefault(env_id, {})[str(num_envs)] = speeds
     cpu = next(x.partition(": ")[2] for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x)
     names = ["torch", "numpy", "gymnasium", "mujoco"] + ["jax", "gymnax"] * bool(importlib.util.find_spec("gymnax"))
+    gpu = {"gpu": torch.cuda.get_device_name()} if flags.device == "cuda" else {}
     return {
         "results": results,
+        "per": "second" if gpu else "CPU-second",
         "versions": {"python": platform.python_version()} | {name: version(name) for name in names},
-        "machine": {"cpu": cpu, "cores": os.cpu_count(), "load_before": load, "load_after": os.getloadavg()},
+        "machine": gpu | {"cpu": cpu, "cores": os.cpu_count(), "load_before": load, "load_after": os.getloadavg()},
         "date": time.strftime("%Y-%m-%d"),
     }
 
 
 def table(report: dict[str, Any]) -> Table:
     """The result for people: medians, and the medians of our ratio to each peer in the same turn."""
-    found = Table("", "envs", title="Env steps per CPU-second: medians, and medians of the ratios")
+    found = Table("", "envs", title=f"Env steps per {report['per']}: medians, and medians of the ratios")
     for column in ("rl_lab", "Gymnasium", "×", "gymnax", "×"):
         found.add_column(column, justify="right")
     for env_id, by_number in report["results"].items():

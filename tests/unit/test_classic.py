@@ -208,3 +208,13 @@ def test_wrap_leaves_angles_in_range_alone() -> None:
     expected = torch.tensor([0.0, 3.0, -3.0, 1e-7, -2.7831853, 2.7831853, 0.7168147, -0.5309649])
     torch.testing.assert_close(wrap(angles), expected, rtol=0, atol=1e-5)
     assert torch.equal(wrap(angles[:4]), angles[:4])
+
+
+def test_a_million_environments_step_together() -> None:
+    env = CLASSIC["CartPole-v1"]([0], 10**6)
+    env.reset()
+    ended = torch.zeros(10**6, dtype=torch.int64)
+    for _ in range(12):  # pushed to the right alone, every pole falls within eight to eleven steps
+        ended += env.step(torch.ones(10**6, dtype=torch.int64)).terminated
+    assert ended.unique().tolist() == [1]
+    assert len(env.state["physics"].unique(dim=0)) > 990_000  # no two the same, but for rounding

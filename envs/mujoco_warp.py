@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rl_lab.envs.mujoco_tasks import TASKS, Arrays
 from rl_lab.memory import require_memory
-from rl_lab.vector import Step, VectorEnv, uniform
+from rl_lab.vector import Step, VectorEnv, streams, uniform
 
 wp.config.log_level = wp.LOG_WARNING  # else it prints a line for each kernel it loads
 PLANE = wp.constant(int(mujoco.mjtGeom.mjGEOM_PLANE))
@@ -84,9 +84,7 @@ class MujocoWarpEnv(VectorEnv):
         self._qpos, self._qvel, self._ctrl, self._warmstart, self._forces, self._overflow = (
             wp.to_torch(getattr(self.data, name)) for name in names
         )
-        generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
-        streams = [torch.randint(-(2**63), 2**63 - 1, (num_envs,), generator=g) for g in generators]
-        self._stream = torch.cat(streams).to(self.device)
+        self._stream = streams(self.seeds, num_envs).to(self.device)
 
         low, high = mj.actuator_ctrlrange.astype(np.float32).T
         self.action_space = gym.spaces.Box(low, high, dtype=np.float32)

@@ -115,9 +115,7 @@ class TensorEnv(VectorEnv):
         self.seeds = tuple(seeds)
         self.num_envs = num_envs
         self.device = torch.device(device)
-        generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
-        streams = [torch.randint(-(2**63), 2**63 - 1, (num_envs,), generator=g) for g in generators]
-        self.state: State = {"stream": torch.cat(streams).to(self.device)}
+        self.state: State = {"stream": streams(self.seeds, num_envs).to(self.device)}
 
     @abc.abstractmethod
     def initial(self, draws: Tensor) -> Tensor:
@@ -204,6 +202,12 @@ class TensorEnv(VectorEnv):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.state = {name: value.to(self.device) for name, value in state["state"].items()}
+
+
+def streams(seeds: Sequence[int], num_envs: int) -> Tensor:
+    """Where each row's random stream starts, as its seed's generator draws it: (S * N,) int64."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return torch.cat([torch.randint(-(2**63), 2**63 - 1, (num_envs,), generator=g) for g in generators])
 
 
 def uniform(stream: Tensor, number: int) -> tuple[Tensor, Tensor]:

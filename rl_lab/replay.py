@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from rl_lab.compiler import Compiled
+from rl_lab.memory import free_memory
 from rl_lab.vector import VectorEnv
 
 Batch = dict[str, Tensor]
@@ -169,13 +170,9 @@ class Replay:
         if self.folder:
             room, where, way = shutil.disk_usage(self.folder).free, "on disk", ""
             need -= sum(path.stat().st_size for path in self.folder.glob("replay.*"))  # of the run that is resumed
-        elif self.device.type == "cuda":
-            room, where, way = torch.cuda.mem_get_info(self.device)[0], "on the device", ", --device cpu"
         else:
-            room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-            where, way = "in memory", " or --replay-folder"
-            if (info := Path("/proc/meminfo")).exists():  # which counts what caches would give back
-                room = 1024 * int(info.read_text().partition("MemAvailable:")[2].split()[0])
+            cuda, room = self.device.type == "cuda", free_memory(self.device)
+            where, way = ("on the device", ", --device cpu") if cuda else ("in memory", " or --replay-folder")
         if need > room:
             needed, free = (f"{x / 1e9:.1f} GB" for x in (need, room))
             raise ValueError(

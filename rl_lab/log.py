@@ -72,7 +72,7 @@ class RunLog:
         created = int(time.time())
         group = [run_name(env_id, algo, seed, created) for seed in seeds]
         config = {**config, "env": env_id, "algo": algo, "seeds": list(seeds), "group": group, "created": created}
-        config |= _provenance()
+        config |= provenance()
         with contextlib.ExitStack() as undo:
             for name, seed in zip(group, seeds, strict=True):
                 folder = runs_dir / name
@@ -290,7 +290,7 @@ def _masked_crc32c(data: bytes) -> bytes:
     return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
 
 
-def _provenance() -> dict[str, Any]:
+def provenance() -> dict[str, Any]:
     """What it takes to do a run again; neither the environment's variables nor names of people or machines."""
     versions = {"python": platform.python_version(), "rl_lab": __version__}
     for package in ("torch", "numpy", "gymnasium", "mujoco"):

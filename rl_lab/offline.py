@@ -1,0 +1,357 @@
+"""Offline data: a Minari data set or a D4RL file as columns of transitions, checked where it comes in.
+
+    dataset = load("mujoco/hopper/medium-v0")           # Minari's: the local one, else downloaded once
+    dataset = load("path/to/minari/folder")             # HDF5 or Arrow
+    dataset = load("halfcheetah-medium-v2.hdf5")        # a D4RL file
+    dataset.columns["obs"], dataset.normalized(dataset.episode_returns)
+
+Nothing is unpickled: both formats hold arrays, spaces are JSON, and no environment that a data set describes is made.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import math
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium import spaces
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rl_lab import require
+
+Arrays = dict[str, NDArray[Any]]
+Returns = TypeVar("Returns", float, Tensor)
+
+D4RL_COLUMNS = {
+    "obs": "observations",
+    "actions": "actions",
+    "rewards": "rewards",
+    "next_obs": "next_observations",
+    "terminated": "terminals",
+    "truncated": "timeouts",
+}
+SCORES_FLAG = "--scores RANDOM EXPERT (in Python scores=(random, expert))"
+ROUNDING = 1e-5  # of an action's range, beyond its bounds: float32's rounding, with room
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Transitions in time order, one episode after the other.
+
+    Attributes:
+        name: as it was given to `load`.
+        env_id: of the environment, where it is known.
+        columns: (n, ...) on the CPU: obs, actions, next_obs (floating ones as float32, others as in their space),
+            rewards float32, terminated and truncated bool. At least one of the two is set in each episode's last step.
+        observation_space, action_space: a Box; a Box or Discrete.
+        scores: mean returns of a random and of an expert policy, where they are known.
+        checksum: SHA-256 of the columns, whatever format they came in.
+        notes: what was changed or assumed, a sentence each, to be shown to the user.
+    """
+
+    name: str
+    env_id: str | None
+    columns: dict[str, Tensor]
+    observation_space: gym.Space[Any]
+    action_space: gym.Space[Any]
+    scores: tuple[float, float] | None
+    checksum: str
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        """Transitions."""
+        return len(self.columns["rewards"])
+
+    @property
+    def _ends(self) -> Tensor:
+        return (self.columns["terminated"] | self.columns["truncated"]).nonzero().squeeze(1)
+
+    @property
+    def episode_lengths(self) -> Tensor:
+        """(E,) int64, steps."""
+        return self._ends.diff(prepend=torch.tensor([-1]))
+
+    @property
+    def episode_returns(self) -> Tensor:
+        """(E,) float64, undiscounted."""
+        lengths = self.episode_lengths
+        episodes = torch.arange(len(lengths)).repeat_interleave(lengths)
+        return torch.zeros(len(lengths), dtype=torch.float64).index_add_(0, episodes, self.columns["rewards"].double())
+
+    def normalized(self, returns: Returns) -> Returns:
+        """Scores of returns: 100 * (returns - random) / (expert - random) [Fu et al. 2020, section 5].
+
+        Raises:
+            ValueError: if the reference scores are unknown.
+        """
+        if self.scores is None:
+            raise ValueError(f"{self.name} has no reference scores; pass {SCORES_FLAG}")
+        random, expert = self.scores
+        return 100 * (returns - random) / (expert - random)
+
+    def require_env(self, env_id: str, observation_space: gym.Space[Any], action_space: gym.Space[Any]) -> None:
+        """Raise a ValueError unless the data fit an environment with these spaces."""
+        ours, theirs = (self.observation_space, self.action_space), (observation_space, action_space)
+        for what, mine, other in zip(("observations", "actions"), ours, theirs, strict=True):
+            same = mine.shape == other.shape and type(mine) is type(other)
+            if what == "actions" and same:  # of another environment, though as wide, where their range is another
+                same = np.allclose(_bounds(mine), _bounds(other))
+            if not same:
+                where = f"; the data are of {self.env_id}" if self.env_id not in (None, env_id) else ""
+                raise ValueError(f"--env {env_id} has {what} {other}, {self.name} has {mine}{where}")
+
+
+class Source(NamedTuple):
+    """What a file says, before it is checked."""
+
+    env_id: str | None
+    columns: Arrays
+    observation_space: gym.Space[Any]
+    action_space: gym.Space[Any]
+    scores: tuple[float | None, float | None]
+
+
+def load(name: str, scores: tuple[float, float] | None = None, env_id: str | None = None) -> Dataset:
+    """Load a data set.
+
+    Args:
+        name: a Minari id, downloaded where it is not on this machine; a Minari folder; or a D4RL file. The file's name
+            tells the environment, as in halfcheetah-medium-v2.hdf5. Where it holds no next_observations, the true
+            successors of time-outs are unknown: these transitions are left out, as D4RL's `qlearning_dataset` does.
+        scores: mean returns of a random and of an expert policy, instead of the data set's own and D4RL's.
+        env_id: of Gymnasium, whose spaces the data must fit.
+    Raises:
+        ValueError: if a package or the data set is missing, or it cannot be read, is damaged or does not fit.
+    """
+    try:
+        source = _read_d4rl(name, env_id) if name.endswith((".hdf5", ".h5")) else _read_minari(name)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{name}: {error}") from None
+    except (OSError, RuntimeError) as error:  # HDF5 raises both
+        raise ValueError(f"{name} cannot be read ({_line(error)}); a whole file that you may read works") from error
+    columns, notes = _checked(name, source), []
+    if "next_obs" not in columns:
+        notes.append(_drop_time_outs(columns))
+    if not len(columns["rewards"]):
+        raise ValueError(f"{name} holds no transition")
+    if not (columns["terminated"] | columns["truncated"])[-1]:
+        columns["truncated"][-1] = True
+        notes.append("The data end within an episode; its last step counts as truncated.")
+    dataset = Dataset(
+        name,
+        env_id or source.env_id,
+        columns,
+        source.observation_space,
+        source.action_space,
+        _scores(name, scores or source.scores, env_id or source.env_id),
+        _checksum(columns),
+        tuple(notes),
+    )
+    if env_id:
+        dataset.require_env(env_id, *_spaces(env_id))
+    return dataset
+
+
+def reference_scores(task: str) -> tuple[float, float] | None:
+    """D4RL's random and expert returns of a task, such as "hopper", or of an environment, such as "Hopper-v4".
+
+    D4RL's are of the -v2 tasks; -v3, -v4 and -v5 have the same ones, so that all versions share a scale.
+    """
+    row = _d4rl_tasks().get(task.partition("-")[0].lower())
+    return (float(row["random"]), float(row["expert"])) if row else None
+
+
+def _d4rl_tasks() -> dict[str, dict[str, str]]:
+    with Path(__file__).with_name("d4rl_scores.csv").open(encoding="utf-8") as file:
+        next(file)  # the source
+        return {row["task"]: row for row in csv.DictReader(file)}
+
+
+def _scores(name: str, found: tuple[float | None, float | None], env_id: str | None) -> tuple[float, float] | None:
+    random, expert = found
+    if random is None and expert is None:
+        return reference_scores(env_id or "")
+    if random is None or expert is None:
+        known = f"ref_min_score {random}" if expert is None else f"ref_max_score {expert}"
+        raise ValueError(f"{name} has only one reference score, {known}; pass both by {SCORES_FLAG}")
+    if not -math.inf < random < expert < math.inf:
+        raise ValueError(f"{name}: scores {random} and {expert} must be finite, the expert's the larger one")
+    return random, expert
+
+
+def _read_d4rl(name: str, env_id: str | None) -> Source:
+    path, h5py = Path(name).expanduser(), require("h5py", "offline")
+    if not path.is_file():
+        raise ValueError(f"{name} is no file; D4RL's are at http://rail.eecs.berkeley.edu/datasets/offline_rl")
+    task = re.split("[-_]", path.name)[0]
+    row = _d4rl_tasks().get(task, {"env_id": ""})
+    env_id = env_id or row["env_id"]
+    if not env_id:
+        known = ", ".join(task for task, row in _d4rl_tasks().items() if row["env_id"])
+        raise ValueError(f"{name}: the file's name begins with none of {known}; say the environment by --env")
+    with h5py.File(path) as file:
+        there = {ours: file[theirs] for ours, theirs in D4RL_COLUMNS.items() if theirs in file}
+        columns = {ours: column[()] for ours, column in there.items() if isinstance(column, h5py.Dataset)}
+        if missing := D4RL_COLUMNS.keys() - columns.keys() - {"next_obs"}:
+            found = ", ".join(list(file)[:5]) or "nothing"
+            needed = ", ".join(sorted(D4RL_COLUMNS[ours] for ours in missing))
+            raise ValueError(f"{name} is no D4RL file: it lacks {needed} and holds {found}")
+    return Source(env_id, columns, *_spaces(env_id), reference_scores(task) or (None, None))
+
+
+def _drop_time_outs(columns: dict[str, Tensor]) -> str:
+    """Derive next_obs from the order of the rows, without those to which it gives none; returns what was done."""
+    obs, terminated, truncated = (columns[key] for key in ("obs", "terminated", "truncated"))
+    kept = terminated | ~truncated
+    kept[-1:] = terminated[-1:]
+    next_obs = obs.roll(-1, 0)
+    next_obs[terminated] = obs[terminated]  # the next row is another episode's, and a termination's target needs none
+    truncated[:-1] |= ~kept[1:] & ~terminated[:-1]  # what comes before a row left out is its episode's last one now
+    columns["next_obs"] = next_obs
+    columns.update({key: column[kept] for key, column in columns.items()})
+    return (
+        f"Without next_observations {len(kept) - kept.sum():,} of {len(kept):,} transitions are left out, whose true "
+        "successors are unknown: time-outs and an open end. Returns of their episodes lack the last reward; next_obs "
+        "of a terminated step is its obs."
+    )
+
+
+def _read_minari(name: str) -> Source:
+    minari, folder = require("minari", "offline"), _minari_folder(name)
+    try:
+        metadata = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
+        require("h5py" if metadata["data_format"] == "hdf5" else "pyarrow", "offline")
+        if missing := {"observation_space", "action_space"} - metadata.keys():  # Minari would make the environment
+            raise ValueError(f"its metadata lack {' and '.join(sorted(missing))}")
+        data = minari.MinariDataset(folder)
+        _require_kinds(data.observation_space, data.action_space)
+        episodes = [
+            (x.observations, x.actions, x.rewards, x.terminations, x.truncations) for x in data.iterate_episodes()
+        ]
+        total = f"{len(episodes)} episodes, {sum(len(x[2]) for x in episodes)} steps"
+        if total != (said := f"{metadata['total_episodes']} episodes, {metadata['total_steps']} steps"):
+            raise ValueError(f"it holds {total}, its metadata say {said}")
+        for i, (obs, *others) in enumerate(episodes):
+            if {len(obs) - 1} != set(map(len, others)):
+                lengths = ", ".join(str(len(x)) for x in others)
+                raise ValueError(
+                    f"episode {i} has {len(obs)} observations for {lengths} actions, rewards, terminations, truncations"
+                )
+        obs, *columns = zip(*episodes, strict=True)
+        arrays = dict(zip(("actions", "rewards", "terminated", "truncated"), map(np.concatenate, columns), strict=True))
+        arrays |= {"obs": np.concatenate([x[:-1] for x in obs]), "next_obs": np.concatenate([x[1:] for x in obs])}
+        env_id = json.loads(metadata["env_spec"])["id"] if metadata.get("env_spec") else None
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # of JSON, HDF5, Arrow and Minari, which have no base in common
+        raise ValueError(
+            f"{name}: {folder} cannot be loaded ({_line(error)}); a complete Minari data set of Box observations works"
+        ) from error
+    scores = metadata.get("ref_min_score"), metadata.get("ref_max_score")
+    return Source(env_id, arrays, data.observation_space, data.action_space, scores)
+
+
+def _minari_folder(name: str) -> Path:
+    """Where a Minari data set's metadata.json is, downloaded if need be."""
+    root = Path(os.environ.get("MINARI_DATASETS_PATH", "~/.minari/datasets")).expanduser()
+    path, home = Path(name).expanduser(), root / name / "data"
+    for folder in (path, path / "data", home):
+        if (folder / "metadata.json").is_file():
+            return folder
+    if path.exists():
+        raise ValueError(f"{name} is no Minari folder: metadata.json is neither in it nor in its data")
+    if not re.fullmatch(r"([-\w]+/)*[-\w]+-v\d+", name):
+        raise ValueError(f"{name} is no file, no folder and no Minari id; mujoco/hopper/medium-v0 would be one")
+    if home.parent.exists():
+        raise ValueError(f"{home.parent} is incomplete: remove it, then: minari download {name}")
+    try:
+        require("minari", "offline").download_dataset(name)
+    except Exception as error:  # of Minari, its hub and the network, which have no base in common
+        raise ValueError(
+            f"{name} is not in {root} and could not be downloaded ({_line(error)}); where the network allows: minari "
+            f"download {name}; or set MINARI_DATASETS_PATH to the folder that has it, or give a path"
+        ) from error
+    return home
+
+
+def _spaces(env_id: str) -> tuple[gym.Space[Any], gym.Space[Any]]:
+    try:
+        env = gym.make(env_id, disable_env_checker=True)
+    except (gym.error.Error, ImportError) as error:
+        raise ValueError(f"--env {env_id} cannot be made: {_line(error)}") from error
+    env.close()
+    return env.observation_space, env.action_space
+
+
+def _require_kinds(observation_space: gym.Space[Any], action_space: gym.Space[Any]) -> None:
+    if not isinstance(observation_space, spaces.Box) or not isinstance(action_space, spaces.Box | spaces.Discrete):
+        raise ValueError(f"{observation_space}, {action_space}: a Box and a Box or Discrete are supported")
+
+
+def _kind(space: gym.Space[Any]) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and dtype of what is kept of a space's elements."""
+    floating = np.issubdtype(space.dtype, np.floating)
+    return space.shape or (), np.dtype(np.float32 if floating else space.dtype)
+
+
+def _bounds(space: gym.Space[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Least and largest action."""
+    if isinstance(space, spaces.Discrete):
+        return np.asarray(space.start), np.asarray(space.start + space.n - 1)
+    assert isinstance(space, spaces.Box)
+    return space.low, space.high
+
+
+def _checked(name: str, source: Source) -> dict[str, Tensor]:
+    """The columns as tensors, after every check that needs no environment."""
+    _require_kinds(source.observation_space, source.action_space)
+    obs, actions = _kind(source.observation_space), _kind(source.action_space)
+    kinds = {"obs": obs, "actions": actions, "rewards": ((), np.dtype(np.float32)), "next_obs": obs}
+    count, checked = len(np.atleast_1d(source.columns["rewards"])), {}
+    for key, column in source.columns.items():
+        shape, dtype = kinds.get(key, ((), np.dtype(np.bool_)))
+        if column.shape != (count, *shape):
+            raise ValueError(
+                f"{name}: {key} has shape {column.shape}, {(count, *shape)} fits the space and the rewards"
+            )
+        flags = dtype == np.bool_ and column.dtype.kind in "biuf" and np.isin(column, (0, 1)).all()
+        if not flags and not np.can_cast(column.dtype, dtype, "same_kind"):
+            raise ValueError(f"{name}: {key} holds {column.dtype} values that are no {dtype}")
+        x = torch.from_numpy(np.ascontiguousarray(column, dtype))
+        _refuse(name, key, x, ~x.isfinite(), "NaN or infinite")
+        checked[key] = x
+    low, high = (torch.as_tensor(bound, dtype=torch.float64) for bound in _bounds(source.action_space))
+    room = ROUNDING * (high - low)
+    outside = (checked["actions"] < low - room) | (checked["actions"] > high + room)
+    _refuse(name, "actions", checked["actions"], outside, f"outside of {source.action_space}")
+    return checked
+
+
+def _refuse(name: str, key: str, x: Tensor, bad: Tensor, what: str) -> None:
+    """Raise a ValueError that shows the first of the bad values (n, ...), if there are any."""
+    if bad.any():
+        step = int(bad.nonzero()[0, 0])
+        raise ValueError(f"{name}: {key} of step {step} is {x[step][bad[step]][0]:g}, {what}")
+
+
+def _checksum(columns: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, x in sorted(columns.items()):
+        digest.update(f"{name} {x.dtype} {tuple(x.shape)} ".encode())
+        digest.update(x.numpy().data)
+    return digest.hexdigest()
+
+
+def _line(error: Exception) -> str:
+    """The first line of an error, or its kind where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -231,7 +231,9 @@ def _dense(x: Tensor) -> Tensor:
 
 
 def _donate(given: tuple[Any, ...], results: Any) -> None:
-    """Overwrite the trees `given` with the first of `results`."""
+    """Overwrite the trees `given` with the first of `results`; ValueError unless these have the same keys in order."""
+    if pytree.tree_structure(given) != pytree.tree_structure(tuple(results[: len(given)])):
+        raise ValueError("a donated argument and the result it takes must have the same keys in the same order")
     for old, new in zip(pytree.tree_leaves(given), pytree.tree_leaves(results[: len(given)]), strict=True):
         if old is not new:
             old.copy_(new)

@@ -185,6 +185,12 @@ def drift(state: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     return scan(lambda s, x: (0.9 * s + x.sin(), s * x), state, x)
 
 
+def test_a_donated_argument_gets_a_result_of_the_same_form() -> None:
+    swap = Compiled(lambda x: ({"b": x["b"] + 1, "a": x["a"] + 1},), "swap", enabled=False, donate=(0,))
+    with pytest.raises(ValueError, match="same keys in the same order"):
+        swap({"a": torch.zeros(2), "b": torch.ones(2)})
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("donate", [(), (0,)])
 def test_captured_equals_eager(donate: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -223,6 +223,7 @@ def parse(argv: Sequence[str], args_type: type[RunArgs], defaults: Callable[[str
         raise ValueError(f"--resume {folder}: a run of {config.get('algo')} with other flags than this command's")
     paths = {f.name for f in dataclasses.fields(args_type) if "Path" in str(f.type)}
     given: Any = {name: Path(x) if name in paths and x else x for name, x in config["args"].items()}
+    given = {name: tuple(x) if isinstance(x, list) else x for name, x in given.items()}
     saved = args_type(**given)
     args = _parse(argv, args_type, saved)
     free = {"checkpoint_every"}

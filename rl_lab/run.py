@@ -114,6 +114,11 @@ class Run:
                 signal.signal(number, handler)
 
     @property
+    def end(self) -> int:
+        """Env steps of one seed at the end of the iteration now running."""
+        return (self.iteration + 1) * self.steps_per_iteration
+
+    @property
     def evaluation_due(self) -> bool:
         """Whether the iteration now running ends at or past a multiple of --eval-every."""
         return _crosses(self.iteration, self.steps_per_iteration, self.args.eval_every)
@@ -140,9 +145,8 @@ class Run:
                 given = [x for column, x in rollout.items() if column in ("obs", "next_obs", "rewards")]
                 sound = all(torch.isfinite(x).all() for x in given)
                 cause = SMALLER if sound else f"nor is what --env {self.args.env} gave"
-                raise self._diverged(f"{name} of seed {seed}", cause)
-        begin = self.iteration * self.steps_per_iteration
-        end = begin + self.steps_per_iteration
+                raise self.diverged(f"{name} of seed {seed} is not finite", cause)
+        begin, end = self.iteration * self.steps_per_iteration, self.end
         times, rows = done.nonzero()
         returns, lengths = returns[times, rows], lengths[times, rows]
         sps = end / (time.monotonic() - self.started)
@@ -168,7 +172,7 @@ class Run:
         normalizer: Any,
         env: VectorEnv,
         memory: dict[str, Tensor] | None = None,
-    ) -> None:
+    ) -> NDArray[np.float64]:
         """Log the mean of one episode in each row of `env`, at the end of the iteration now running.
 
         Args:
@@ -177,6 +181,8 @@ class Run:
             env: new, seeded by `args.evaluation_seeds`, and closed here: each evaluation starts from the same states,
                 so a resumed run need not know of earlier ones.
             memory: a recurrent policy's before its first step, {name: (B, H)}; it then returns the new one too.
+        Returns:
+            (S, N) the returns.
         """
 
         def act(inputs: dict[str, Tensor]) -> Any:
@@ -185,10 +191,10 @@ class Run:
 
         returns, lengths = evaluate(act, env, episodes=1, memory=memory)
         env.close()
-        table = np.stack([returns, lengths]).reshape(2, len(self.args.seeds), -1).mean(2)
-        end = (self.iteration + 1) * self.steps_per_iteration
-        for index, (value, length) in enumerate(table.T.tolist()):
-            self.logs.scalars(index, end, {"eval/episodic_return": value, "eval/episodic_length": length})
+        returns, lengths = (x.reshape(len(self.args.seeds), -1) for x in (returns, lengths))
+        for index, (value, length) in enumerate(zip(returns.mean(1).tolist(), lengths.mean(1).tolist(), strict=True)):
+            self.logs.scalars(index, self.end, {"eval/episodic_return": value, "eval/episodic_length": length})
+        return returns
 
     def checkpoint(self) -> None:
         """Save the training state, and where the logs stood.
@@ -199,7 +205,7 @@ class Run:
         """
         state = self.state()
         if not all(torch.isfinite(x).all() for x in flatten(state["params"]).values()):
-            raise self._diverged("a parameter", SMALLER)
+            raise self.diverged("a parameter is not finite", SMALLER)
         progress = {
             "group": self.logs.config["group"],
             "iteration": self.iteration,
@@ -209,6 +215,13 @@ class Run:
         }
         checkpoint.save(self.logs.checkpoint_folder, {"state": state, "run": progress})
         self.checkpointed = self.iteration
+
+    def diverged(self, what: str, cause: str) -> FloatingPointError:
+        """What to raise where training has come to nothing: the logs until now are kept, and the last checkpoint."""
+        self.logs.flush()  # the way there
+        begin, saved = (i * self.steps_per_iteration for i in (self.iteration, self.checkpointed))
+        where = f"{self.logs.checkpoint_folder} keeps the checkpoint of step {saved}"
+        return FloatingPointError(f"{what} after step {begin}; {cause}; {where}")
 
     def finish(self, params: dict[str, Any], normalizer: Any) -> None:
         """Write each seed's parameters and statistics as model.safetensors, and say where everything is."""
@@ -239,12 +252,6 @@ class Run:
 
     def _refused(self, error: OSError) -> OSError:
         return OSError(f"{error}; make room, then continue with --resume {self.logs.folders[0]}")
-
-    def _diverged(self, what: str, cause: str) -> FloatingPointError:
-        self.logs.flush()  # the way there
-        begin, saved = (i * self.steps_per_iteration for i in (self.iteration, self.checkpointed))
-        where = f"{self.logs.checkpoint_folder} keeps the checkpoint of step {saved}"
-        return FloatingPointError(f"{what} is not finite after step {begin}; {cause}; {where}")
 
 
 def on_host(tensors: Sequence[Tensor]) -> list[NDArray[Any]]:

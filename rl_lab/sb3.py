@@ -13,11 +13,11 @@ from __future__ import annotations
 import io
 import json
 import math
-import pickle
 import re
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import gymnasium as gym
@@ -89,10 +89,10 @@ def load(path: Path, observation_space: gym.Space[Any], action_space: gym.Space[
         zipfile.BadZipFile,
         KeyError,
         TypeError,
-        ValueError,
         AttributeError,
+        ValueError,
         RuntimeError,
-        pickle.UnpicklingError,
+        UnpicklingError,
     ) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{path} is no agent that Stable-Baselines3 saved: {type(error).__name__}: {reason}") from None

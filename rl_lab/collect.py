@@ -1,0 +1,334 @@
+"""Record a policy's steps as a local Minari data set.
+
+Sampled actions by default, as D4RL's (Fu et al. 2020, arXiv:2004.07219). Each environment row plays the same number of
+steps: to stop once enough episodes have ended would favour the short ones. docs/collect.md says what is recorded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from torch import Tensor
+
+from rl_lab import checkpoint, require, sb3
+from rl_lab.distributions import Actions, draw_noise, sample, scaled
+from rl_lab.envs import make
+from rl_lab.episodes import evaluation_seeds
+from rl_lab.evaluate import load
+from rl_lab.log import Progress, provenance
+from rl_lab.offline import reference_scores
+from rl_lab.vector import VectorEnv
+
+WRITE_STEPS = 10_000  # steps of ended episodes that are written at once
+
+Act = Callable[[Tensor, Tensor | None, Tensor], Tensor]  # obs (B, *obs), mask, (B,) bool begins an episode -> actions
+
+
+@dataclass(frozen=True)
+class Args:
+    """Record a policy's steps as a Minari data set, in MINARI_DATASETS_PATH or ~/.minari/datasets."""
+
+    dataset: str
+    """id of the data set, such as lab/halfcheetah/expert-v0"""
+    env: str | None = None
+    """environment id of Gymnasium; --run knows its own"""
+    sb3: Path | None = None
+    """act as this zip of Stable-Baselines3's SAC, TD3 or DDPG or of sb3-contrib's TQC does"""
+    run: Path | None = None
+    """act as this run folder's policy does"""
+    random: bool = False
+    """act uniformly at random"""
+    steps: int = 200_000
+    """env steps to record, over all environments"""
+    num_envs: int = 10
+    """environments side by side; each plays an equal share of --steps"""
+    deterministic: bool = False
+    """play the likeliest actions instead of sampled ones"""
+    seed: int = 0
+    """another number draws other episodes and actions"""
+    scores: tuple[float, float] | None = None
+    """returns of a random policy and of an expert, for normalized scores; D4RL's where it has the task"""
+    overwrite: bool = False
+    """replace a data set of this id"""
+
+
+class Source(NamedTuple):
+    """Whose steps are recorded."""
+
+    env_id: str
+    env: VectorEnv
+    act: Act
+    policy: dict[str, Any]  # what the metadata says about it
+
+
+def check(args: Args) -> None:
+    """Raise ValueError for flags that do not go together."""
+    if sum((args.sb3 is not None, args.run is not None, args.random)) != 1:
+        raise ValueError("name whose steps to record: one of --sb3 ZIP, --run FOLDER and --random")
+    if args.env is None and args.run is None:
+        raise ValueError("--env is missing, such as --env HalfCheetah-v4; only --run knows its own")
+    if args.num_envs < 1 or args.steps < 1 or args.steps % args.num_envs:
+        raise ValueError(f"--steps {args.steps} must be a multiple of --num-envs {args.num_envs}, both at least 1")
+    if args.seed < 0:
+        raise ValueError(f"--seed {args.seed} must be 0 or more")
+    if args.random and args.deterministic:
+        raise ValueError("--deterministic: random actions are sampled; leave it out")
+    if args.scores and not (all(map(math.isfinite, args.scores)) and args.scores[0] < args.scores[1]):
+        raise ValueError(
+            f"--scores {args.scores[0]} {args.scores[1]} must be finite, the random policy's first and smaller"
+        )
+
+
+def source(args: Args) -> Source:
+    """The policy and its environments, both seeded with `args.seed`; ValueError says what does not fit."""
+    env_seed, policy_seed = evaluation_seeds([args.seed, args.seed + 2**32], (0, 2))
+    generator = torch.Generator().manual_seed(policy_seed)
+    if args.run is not None:
+        return _run_source(args, args.run, env_seed, generator)
+    assert args.env is not None
+    env = make(args.env, (env_seed,), args.num_envs)
+    if args.sb3 is not None:
+        agent = sb3.load(args.sb3, env.observation_space, env.action_space)
+        if agent.algo == "td3" and not args.deterministic:
+            raise ValueError(f"{args.sb3} is of TD3 or DDPG, which have no distribution to sample: add --deterministic")
+        chosen = None if args.deterministic else generator
+        about = {"kind": "sb3", "algo": agent.algo, "file": args.sb3.name, "sha256": _sha256(args.sb3)}
+        return Source(args.env, env, lambda obs, mask, begins: agent(obs, chosen), about)
+    actions = Actions.of(env.action_space)
+    if not all(map(math.isfinite, actions.low + actions.high)):
+        raise ValueError(f"--random: {args.env}'s actions have no bounds to draw between: {env.action_space}")
+    return Source(
+        args.env, env, lambda obs, mask, begins: uniform(actions, mask, len(obs), generator), {"kind": "random"}
+    )
+
+
+def _run_source(args: Args, run: Path, env_seed: int, generator: torch.Generator) -> Source:
+    policy = load(run)
+    if args.env not in (None, policy.env_id):
+        raise ValueError(f"--env {args.env}: {run} learned {policy.env_id}; leave --env out")
+    env = policy.environments(env_seed, args.num_envs)
+    policy.generator = generator
+    policy.reset(args.num_envs)
+
+    def act(obs: Tensor, mask: Tensor | None, begins: Tensor) -> Tensor:
+        policy.memory = {name: x.masked_fill(begins.unsqueeze(1), 0.0) for name, x in policy.memory.items()}
+        actions: Tensor = policy(obs, args.deterministic, mask)
+        return actions
+
+    saved = run.resolve().parent / policy.config["group"][0]
+    files = [run / "model.safetensors", saved / checkpoint.NAME, saved / checkpoint.PREVIOUS]
+    about = {"kind": "run", "algo": policy.algo, "run": run.resolve().name, "parameters": policy.source}
+    return Source(policy.env_id, env, act, about | {"sha256": _sha256(next(p for p in files if p.exists()))})
+
+
+def uniform(actions: Actions, mask: Tensor | None, rows: int, generator: torch.Generator) -> Tensor:
+    """(rows, *shape) actions, all that are allowed equally likely; a Box's bounds are finite."""
+    noise = draw_noise(actions, (rows,), generator)
+    if actions.low:
+        return scaled(torch.erf(noise / 2**0.5), actions)  # the normal distribution function, from -1 to 1
+    logits = torch.zeros_like(noise) if mask is None else torch.zeros_like(noise).masked_fill(~mask, -math.inf)
+    return sample({"logits": logits}, noise, actions)[0]
+
+
+def episodes(env: VectorEnv, act: Act, steps: int) -> Iterator[tuple[dict[str, Any], bool]]:
+    """Play `steps` steps in every row, and give each row's episodes as they end.
+
+    What has begun when the steps are up is an episode too: cut, hence truncated.
+
+    Returns:
+        observations (T + 1, *obs), of which the last is the true successor; actions (T, *shape), rewards, terminations
+        and truncations (T,) as the environment gives them; and whether the episode is whole.
+    """
+    obs = env.reset()
+    rows = len(env.seeds) * env.num_envs
+    begins = torch.ones(rows, dtype=torch.bool, device=env.device)
+    firsts: list[Any] = list(obs.cpu().numpy())
+    played: list[list[tuple[Any, ...]]] = [[] for _ in range(rows)]
+    for index in range(1, steps + 1):
+        actions = act(obs, env.action_mask, begins)
+        step = env.step(actions)
+        obs, begins = step.obs, step.terminated | step.truncated
+        truncated = step.truncated | ~begins if index == steps else step.truncated
+        record = (step.next_obs, actions, step.rewards, step.terminated, truncated)
+        columns = [x.cpu().numpy() for x in record]
+        fresh, whole = obs.cpu().numpy(), begins.tolist()
+        for row in range(rows):
+            played[row].append(tuple(column[row] for column in columns))
+            if whole[row] or index == steps:
+                next_obs, *others = (np.stack(x) for x in zip(*played[row], strict=True))
+                names = ("actions", "rewards", "terminations", "truncations")
+                observations = np.concatenate([firsts[row][None], next_obs])
+                yield {"observations": observations} | dict(zip(names, others, strict=True)), whole[row]
+                firsts[row], played[row] = fresh[row], []
+
+
+def collect(args: Args) -> str:
+    """Record the data set and return a line about it; nothing stays behind if anything goes wrong."""
+    check(args)
+    minari = require("minari", "offline")
+    require("h5py", "offline")
+    with replacing(dataset_path(args.dataset), args.overwrite) as folder:
+        env_id, env, act, policy = source(args)
+        scores = args.scores or reference_scores(env_id)
+        if scores is None:
+            print(f"no reference scores: D4RL has none for {env_id}, and --scores RANDOM EXPERT was not given")
+        (folder / "data").mkdir()
+        storage = require("minari.dataset.minari_storage", "offline").MinariStorage.new(
+            folder / "data",
+            env.observation_space,
+            env.action_space,
+            gym.registry.get(env_id.rpartition(":")[2]),
+            data_format="hdf5",
+            jpeg_encoding=False,
+        )
+        storage.update_metadata({"minari_version": minari.__version__, **metadata(args, env_id, policy, scores)})
+        number, returns = _record(storage, minari.data_collector.EpisodeBuffer, env, act, args)
+        env.close()
+    line = f"{args.dataset}: {args.steps:,} steps, {number:,} episodes, of which {number - len(returns)} cut"
+    if len(returns):
+        line += f"; whole ones return {returns.mean():.1f} ± {returns.std():.1f}"
+        line += f" ({returns.min():.1f} to {returns.max():.1f})"
+        if scores is not None:
+            line += f", normalized {100 * (returns.mean() - scores[0]) / (scores[1] - scores[0]):.1f}"
+    return line
+
+
+def metadata(args: Args, env_id: str, policy: dict[str, Any], scores: tuple[float, float] | None) -> dict[str, Any]:
+    """What Minari's readers look for, and under "rl_lab" what it takes to record the data again."""
+    actions, origin = "deterministic" if args.deterministic else "sampled", provenance()
+    known = {} if scores is None else {"ref_min_score": scores[0], "ref_max_score": scores[1]}
+    versions = origin["versions"]
+    return {
+        "dataset_id": args.dataset,
+        "algorithm_name": policy.get("algo", policy["kind"]),
+        "description": f"{args.steps} {actions} steps of {env_id}, recorded by rl_lab.collect",
+        "requirements": [f"{name}=={versions[name]}" for name in ("gymnasium", "mujoco") if name in versions],
+        "rl_lab": {
+            "policy": policy,
+            "env": env_id,
+            "actions": actions,
+            "seed": args.seed,
+            "num_envs": args.num_envs,
+            **origin,
+        },
+        **known,
+    }
+
+
+def _record(storage: Any, buffer: Any, env: VectorEnv, act: Act, args: Args) -> tuple[int, np.ndarray]:
+    """Write episodes as they end; their number, and the returns of the whole ones."""
+    started, progress = time.monotonic(), Progress(args.steps, 1)
+    waiting: list[Any] = []
+    returns: list[float] = []
+    number = done = held = 0
+    try:
+        for episode, whole in episodes(env, act, args.steps // args.num_envs):
+            waiting.append(buffer(**episode))
+            number += 1
+            returns += [float(episode["rewards"].sum())] if whole else []
+            held += len(episode["rewards"])
+            if held >= WRITE_STEPS:
+                storage.update_episodes(waiting)
+                done, held, waiting = done + held, 0, []
+                sps = done / (time.monotonic() - started)
+                progress.update(done, sps, [float(np.mean(returns[-100:] or math.nan))])
+        if waiting:
+            storage.update_episodes(waiting)
+    finally:
+        progress.close()
+    return number, np.array(returns)
+
+
+def dataset_path(dataset_id: str) -> Path:
+    """Where Minari looks for a data set; ValueError if the id is malformed or the folder of all cannot be made."""
+    minari = require("minari", "offline")
+    try:
+        minari.dataset.minari_dataset.parse_dataset_id(dataset_id)
+    except (ValueError, TypeError):
+        raise ValueError(f"--dataset {dataset_id!r} must look like lab/halfcheetah/expert-v0") from None
+    try:
+        path: Path = minari.storage.get_dataset_path(dataset_id)
+    except OSError as error:
+        raise _unwritable(error) from None
+    return path
+
+
+@contextlib.contextmanager
+def replacing(path: Path, overwrite: bool) -> Iterator[Path]:
+    """An empty folder that becomes `path` if the block ends well, and is removed if not.
+
+    Hidden beside it until then: Minari lists no such folder. What a killed process left there is removed.
+
+    Raises:
+        ValueError: if `path` exists and may not be overwritten, cannot be written, or another process is at it.
+    """
+    if path.exists() and not (path / "data").is_dir():
+        raise ValueError(f"{path} is there but holds no data set: choose another --dataset")
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path} exists: choose another --dataset, or --overwrite")
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.mkdir(parents=True, exist_ok=True)
+        lock = os.open(temporary, os.O_RDONLY)
+    except OSError as error:
+        raise _unwritable(error) from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise ValueError(f"another process is recording {path}: wait for it, or choose another --dataset") from None
+    try:
+        for left in temporary.iterdir():
+            shutil.rmtree(left)
+        (temporary / "new").mkdir()
+        yield temporary / "new"
+        if path.exists():
+            path.rename(temporary / "old")
+        (temporary / "new").rename(path)
+    finally:
+        shutil.rmtree(temporary)
+        os.close(lock)
+
+
+def _unwritable(error: OSError) -> ValueError:
+    reason = f"{error.filename} cannot be written: {error.strerror}"
+    return ValueError(f"{reason}; set MINARI_DATASETS_PATH to a folder that can")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command; every expected fault ends in one line and exit status 1 (2 for flags)."""
+    args = tyro.cli(Args, prog="python -m rl_lab.collect", args=argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        torch.set_num_threads(1)  # fastest for small networks
+        print(collect(args))
+    except KeyboardInterrupt:
+        print("interrupted: nothing was recorded", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

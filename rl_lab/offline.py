@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -286,7 +287,8 @@ def _minari_folder(name: str) -> Path:
 
 def _spaces(env_id: str) -> tuple[gym.Space[Any], gym.Space[Any]]:
     try:
-        env = gym.make(env_id, disable_env_checker=True)
+        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # -v4, which D4RL's stand for
+            env = gym.make(env_id, disable_env_checker=True)
     except (gym.error.Error, ImportError) as error:
         raise ValueError(f"--env {env_id} cannot be made: {_line(error)}") from error
     env.close()
@@ -327,7 +329,8 @@ def _checked(name: str, source: Source) -> dict[str, Tensor]:
         flags = dtype == np.bool_ and column.dtype.kind in "biuf" and np.isin(column, (0, 1)).all()
         if not flags and not np.can_cast(column.dtype, dtype, "same_kind"):
             raise ValueError(f"{name}: {key} holds {column.dtype} values that are no {dtype}")
-        x = torch.from_numpy(np.ascontiguousarray(column, dtype))
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite
+            x = torch.from_numpy(np.ascontiguousarray(column, dtype))
         _refuse(name, key, x, ~x.isfinite(), "NaN or infinite")
         checked[key] = x
     low, high = (torch.as_tensor(bound, dtype=torch.float64) for bound in _bounds(source.action_space))

@@ -1,0 +1,400 @@
+"""Data sets in Minari's and D4RL's formats, written on the spot; expected numbers are worked out by hand."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.spaces import Box, Dict, Discrete
+
+from rl_lab.offline import load, reference_scores
+
+h5py, minari, _ = (
+    pytest.importorskip(name, reason="needs the extra offline") for name in ("h5py", "minari", "pyarrow")
+)
+
+INF = float("inf")
+T, F = True, False
+ID = "lab/point/hand-v0"
+# A point on a line that moves by its action: from 0 to 3 and terminated, then from 5 to 4.5 and cut off.
+EPISODES = [([0, 1, 2, 3], [1, 1, 1], [1, 2, 4], "terminations"), ([5, 4, 4.5], [-1, 0.5], [8, 16], "truncations")]
+LINE, PUSH = Box(-10, 10, (1,)), Box(-1, 1, (1,))
+
+
+def write_minari(
+    episodes: Any = EPISODES,
+    name: str = ID,
+    data_format: str = "hdf5",
+    observation_space: gym.Space[Any] = LINE,
+    action_space: gym.Space[Any] = PUSH,
+    env: str | None = None,
+    **metadata: Any,
+) -> Path:
+    """Write a Minari set by its own functions; episodes are (observations, actions, rewards, how they end)."""
+    buffers = []
+    for obs, actions, rewards, end in episodes:
+        flags = {key: [F] * (len(rewards) - 1) + [key == end] for key in ("terminations", "truncations")}
+        if isinstance(observation_space, Box):
+            obs = np.array(obs, observation_space.dtype).reshape(-1, *observation_space.shape)
+        if isinstance(action_space, Box):
+            actions = np.array(actions, np.float32).reshape(-1, *action_space.shape)
+        buffers.append(
+            minari.data_collector.EpisodeBuffer(observations=obs, actions=np.array(actions), rewards=rewards, **flags)
+        )
+    spaces = {"observation_space": observation_space, "action_space": action_space}
+    with warnings.catch_warnings(action="ignore"):  # an author and a description are missed
+        minari.create_dataset_from_buffers(name, buffers, env=env, data_format=data_format, **spaces, **metadata)
+    return minari.storage.local.get_dataset_path(name)
+
+
+def edit_metadata(folder: Path, **changes: Any) -> None:
+    """Change entries of metadata.json; None removes one."""
+    path = folder / "data/metadata.json"
+    metadata = {key: x for key, x in {**json.loads(path.read_text()), **changes}.items() if x is not None}
+    path.write_text(json.dumps(metadata))
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An own folder of Minari, and no network."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    monkeypatch.setattr(minari, "download_dataset", offline)
+    return tmp_path / "minari"
+
+
+def offline(name: str) -> None:
+    raise ConnectionError("no network\nat all")
+
+
+def d4rl_columns(rows: int = 8) -> dict[str, Any]:
+    """HalfCheetah's shapes; rows 0-2 end in a terminal, 3-5 in a time-out, from 6 on in nothing."""
+    obs = np.repeat(np.arange(rows, dtype=np.float32)[:, None], 17, axis=1)
+    columns = {"observations": obs, "actions": obs[:, :6] / 10, "rewards": 2.0 ** np.arange(rows)}
+    return {**columns, "terminals": np.arange(rows) == 2, "timeouts": np.arange(rows) == 5}
+
+
+def write_d4rl(folder: Path, name: str = "halfcheetah-medium-v2.hdf5", **columns: Any) -> str:
+    """Write a D4RL file; a column given as None is left out."""
+    with h5py.File(folder / name, "w") as file:
+        for key, column in {**d4rl_columns(), **columns}.items():
+            if column is not None:
+                file[key] = column
+        file["infos/qpos"] = np.zeros((8, 9))  # present in D4RL's files, and not used
+    return str(folder / name)
+
+
+@pytest.mark.parametrize("data_format", ["hdf5", "arrow"])
+def test_minari_columns(data_format: str) -> None:
+    write_minari(data_format=data_format)
+    data = load(ID)
+    assert (len(data), data.env_id, data.name, data.notes) == (5, None, ID, ())
+    assert data.columns["obs"].tolist() == [[0], [1], [2], [5], [4]]
+    assert data.columns["next_obs"].tolist() == [[1], [2], [3], [4], [4.5]]  # the true last ones
+    assert data.columns["actions"].tolist() == [[1], [1], [1], [-1], [0.5]]
+    assert data.columns["rewards"].tolist() == [1, 2, 4, 8, 16]
+    assert data.columns["terminated"].tolist() == [F, F, T, F, F]
+    assert data.columns["truncated"].tolist() == [F, F, F, F, T]
+    assert {key: str(x.dtype) for key, x in data.columns.items()} == {
+        **dict.fromkeys(("obs", "actions", "rewards", "next_obs"), "torch.float32"),
+        **dict.fromkeys(("terminated", "truncated"), "torch.bool"),
+    }
+    assert (data.observation_space, data.action_space) == (LINE, PUSH)
+    assert data.episode_lengths.tolist() == [3, 2]
+    assert data.episode_returns.tolist() == [7, 24]
+    assert data.episode_returns.dtype == torch.float64
+
+
+def test_the_checksum_is_the_contents(tmp_path: Path) -> None:
+    folder = write_minari()
+    write_minari(name="lab/arrow-v0", data_format="arrow")
+    write_minari([*EPISODES[:1], ([5, 4, 4.5], [-1, 0.5], [8, 17], "truncations")], name="lab/other-v0")
+    names = [ID, str(folder), str(folder / "data"), "lab/arrow-v0", "lab/other-v0"]
+    *same, other = (load(name).checksum for name in names)
+    assert len(set(same)) == 1 and len(other) == 64 and other not in same
+
+
+def test_an_open_end_counts_as_truncated() -> None:
+    write_minari([*EPISODES, ([7, 8], [1], [32], "nothing")])
+    data = load(ID)
+    assert data.columns["truncated"].tolist() == [F, F, F, F, T, T]
+    assert data.notes == ("The data end within an episode; its last step counts as truncated.",)
+
+
+def test_discrete_actions_and_the_environment() -> None:
+    own: dict[str, Any] = {"observation_space": None, "action_space": None, "env": "CartPole-v1"}
+    obs = np.zeros((3, 4), np.float32)
+    write_minari([(obs, [1, 0], [1, 1], "terminations")], **own)
+    data = load(ID, env_id="CartPole-v1")
+    assert data.env_id == "CartPole-v1" and data.action_space == Discrete(2)
+    assert data.columns["actions"].tolist() == [1, 0] and data.columns["actions"].dtype == torch.int64
+    write_minari([(obs, [1, 2], [1, 1], "terminations")], "lab/bad-v0", **own)
+    with pytest.raises(ValueError, match=r"^lab/bad-v0: actions of step 1 is 2, outside of Discrete\(2\)$"):
+        load("lab/bad-v0")
+
+
+def test_images_stay_bytes() -> None:
+    frames = np.arange(12).reshape(3, 2, 2, 1)
+    write_minari([(frames, [1, 1], [1, 1], "truncations")], observation_space=Box(0, 255, (2, 2, 1), np.uint8))
+    data = load(ID)
+    assert data.columns["next_obs"].dtype == torch.uint8
+    assert data.columns["next_obs"].flatten().tolist() == list(range(4, 12))
+
+
+def test_own_scores_go_before_d4rls_and_given_ones_before_both() -> None:
+    folder = write_minari()
+    data = load(ID)
+    assert data.scores is None
+    with pytest.raises(ValueError, match=rf"^{ID} has no reference scores; pass --scores RANDOM EXPERT"):
+        data.normalized(7.0)
+    edit_metadata(folder, env_spec=gym.spec("Hopper-v5").to_json())
+    hopper = load(ID)
+    assert hopper.env_id == "Hopper-v5" and hopper.scores == (-20.272305, 3234.3)
+    assert hopper.normalized(3234.3) == 100 and hopper.normalized(-20.272305) == 0
+    assert hopper.normalized(torch.tensor([1607.0138475])).tolist() == pytest.approx([50])
+    edit_metadata(folder, ref_min_score=2.0, ref_max_score=12.0)
+    assert load(ID).normalized(load(ID).episode_returns).tolist() == [50, 220]
+    assert load(ID, scores=(0, 24)).normalized(6.0) == 25
+
+
+@pytest.mark.parametrize("score", [{"ref_min_score": 2.0}, {"ref_max_score": 2.0}])
+def test_one_reference_score_is_refused(score: dict[str, float]) -> None:
+    edit_metadata(write_minari(), **score)
+    name = next(iter(score))
+    with pytest.raises(ValueError, match=rf"has only one reference score, {name} 2.0; pass both by --scores"):
+        load(ID)
+    assert load(ID, scores=(1, 2)).scores == (1, 2)
+
+
+@pytest.mark.parametrize("scores", [(2.0, 2.0), (3.0, 2.0), (float("nan"), 2.0), (0.0, INF)])
+def test_scores_without_a_scale_are_refused(scores: tuple[float, float]) -> None:
+    write_minari()
+    with pytest.raises(ValueError, match="must be finite, the expert's the larger one"):
+        load(ID, scores=scores)
+
+
+def test_d4rls_scores_are_the_tables(shared: Path) -> None:
+    with (shared / "references/d4rl_reference_scores.csv").open() as file:
+        table = {row["env_id"]: row for row in csv.DictReader(file)}
+    for task in ("ant", "halfcheetah", "hopper", "walker2d", "door", "hammer", "pen", "relocate"):
+        rows = [row for name, row in table.items() if name.startswith(f"{task}-")]
+        figures = {(float(row["ref_min_score"]), float(row["ref_max_score"])) for row in rows}
+        assert figures == {reference_scores(task)}
+    assert reference_scores("Walker2d-v3") == reference_scores("walker2d") == (1.629008, 4592.3)
+    assert reference_scores("Swimmer-v5") is None
+
+
+def test_d4rl_with_next_observations(tmp_path: Path) -> None:
+    following = np.random.default_rng(0).normal(size=(8, 17))
+    data = load(write_d4rl(tmp_path, next_observations=following))
+    assert (len(data), data.env_id, data.scores) == (8, "HalfCheetah-v4", (-280.178953, 12135.0))
+    assert data.columns["next_obs"].tolist() == following.astype(np.float32).tolist()
+    assert data.columns["truncated"].tolist() == [F, F, F, F, F, T, F, T]
+    assert data.episode_returns.tolist() == [7, 56, 192]
+    assert data.action_space.shape == (6,)
+
+
+def test_d4rl_without_next_observations_loses_its_time_outs(tmp_path: Path) -> None:
+    data = load(write_d4rl(tmp_path, "halfcheetah_medium-v2.hdf5"))  # as the server spells it
+    assert data.columns["obs"][:, 0].tolist() == [0, 1, 2, 3, 4, 6]  # rows 5 and 7 have no known successor
+    assert data.columns["next_obs"][:, 0].tolist() == [1, 2, 2, 4, 5, 7]
+    assert data.columns["terminated"].tolist() == [F, F, T, F, F, F]
+    assert data.columns["truncated"].tolist() == [F, F, F, F, T, T]
+    assert data.episode_returns.tolist() == [7, 24, 64]
+    assert len(data.notes) == 1 and "2 of 8 transitions are left out" in data.notes[0]
+
+
+def test_a_time_out_of_one_step_takes_its_episode_along(tmp_path: Path) -> None:
+    """Row 3 is an episode; what comes before it ended by itself. The last row is a terminal and stays."""
+    flags = {"terminals": np.isin(np.arange(8), (2, 7)), "timeouts": np.arange(8) == 3}
+    data = load(write_d4rl(tmp_path, **flags))
+    assert data.columns["obs"][:, 0].tolist() == [0, 1, 2, 4, 5, 6, 7]
+    assert data.columns["next_obs"][:, 0].tolist() == [1, 2, 2, 5, 6, 7, 7]
+    assert data.columns["truncated"].sum() == 0
+    assert data.episode_lengths.tolist() == [3, 4]
+
+
+def test_the_environment_of_a_file_can_be_said(tmp_path: Path) -> None:
+    name = write_d4rl(tmp_path, "mine.hdf5")
+    with pytest.raises(ValueError, match=r"begins with none of ant, halfcheetah, hopper, walker2d; say .* by --env$"):
+        load(name)
+    data = load(name, env_id="HalfCheetah-v5")
+    assert data.env_id == "HalfCheetah-v5" and data.scores == (-280.178953, 12135.0)
+
+
+def with_value(key: str, value: float) -> dict[str, Any]:
+    column = np.array(d4rl_columns()[key], np.float64)
+    column[3] = value
+    return {key: column}
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"timeouts": None, "rewards": None}, "is no D4RL file: it lacks rewards, timeouts and holds actions"),
+        ({"timeouts": np.zeros(7)}, r"truncated has shape \(7,\), \(8,\) fits"),
+        ({"actions": np.zeros((8, 5))}, r"actions has shape \(8, 5\), \(8, 6\) fits"),
+        ({"observations": np.zeros((8, 11))}, r"obs has shape \(8, 11\), \(8, 17\) fits"),
+        ({"next_observations": np.zeros((8, 16))}, r"next_obs has shape \(8, 16\), \(8, 17\) fits"),
+        ({"rewards": np.zeros((8, 1))}, r"rewards has shape \(8, 1\), \(8,\) fits"),
+        ({"rewards": 1.0}, r"obs has shape \(8, 17\), \(1, 17\) fits"),
+        (with_value("rewards", np.nan), "rewards of step 3 is nan, NaN or infinite"),
+        (with_value("observations", INF), "obs of step 3 is inf, NaN or infinite"),
+        (with_value("observations", 1e39), "obs of step 3 is inf, NaN or infinite"),  # beyond float32
+        (with_value("actions", -1.1), r"actions of step 3 is -1.1, outside of Box\(-1.0, 1.0, \(6,\)"),
+        (with_value("terminals", 2), "terminated holds float64 values that are no bool"),
+        (with_value("terminals", np.nan), "terminated holds float64 values that are no bool"),
+        ({"rewards": ["one"] * 8}, "rewards holds object values that are no float32"),
+        ({key: column[:0] for key, column in d4rl_columns().items()}, "holds no transition"),
+        ({"terminals": np.zeros(8), "timeouts": np.ones(8)}, "holds no transition"),
+    ],
+)
+def test_a_damaged_d4rl_file_is_refused(tmp_path: Path, columns: dict[str, Any], message: str) -> None:
+    name = write_d4rl(tmp_path, **columns)
+    with pytest.raises(ValueError, match=message) as error:
+        load(name)
+    assert str(error.value).startswith(name) and "\n" not in str(error.value)
+
+
+def test_float32s_rounding_of_a_bound_passes(tmp_path: Path) -> None:
+    assert len(load(write_d4rl(tmp_path, **with_value("actions", 1.000001)))) == 6
+    with pytest.raises(ValueError, match="outside"):
+        load(write_d4rl(tmp_path, **with_value("actions", 1.0001)))
+
+
+def test_a_cut_foreign_or_missing_file_is_refused(tmp_path: Path) -> None:
+    name = write_d4rl(tmp_path)
+    whole = Path(name).read_bytes()
+    for content in (whole[: len(whole) // 2], b"foreign"):
+        Path(name).write_bytes(content)
+        with pytest.raises(ValueError, match=r"cannot be read \(.*\); a whole file that you may read works$"):
+            load(name)
+    with pytest.raises(ValueError, match=r"^no\.hdf5 is no file; D4RL's are at http"):
+        load("no.hdf5")
+
+
+def test_another_environment_is_refused(tmp_path: Path) -> None:
+    name = write_d4rl(tmp_path)
+    with pytest.raises(ValueError, match=r"obs has shape \(8, 17\), \(8, 11\) fits"):
+        load(name, env_id="Hopper-v4")
+    with pytest.raises(ValueError, match="--env HalfCheater-v4 cannot be made: "):
+        load(name, env_id="HalfCheater-v4")
+    write_minari()
+    with pytest.raises(ValueError, match=rf"^--env CartPole-v1 has observations Box\(.*, {ID} has Box\(-10"):
+        load(ID, env_id="CartPole-v1")
+    data = load(ID)
+    data.require_env("Line-v0", LINE, PUSH)
+    for other in (Box(-2, 2, (1,)), Box(-1, 1, (2,)), Discrete(1)):
+        with pytest.raises(ValueError, match=rf"^--env Line-v0 has actions .*, {ID} has Box\(-1.0, 1.0"):
+            data.require_env("Line-v0", LINE, other)
+
+
+def cut_hdf5(folder: Path) -> None:
+    path = folder / "data/main_data.hdf5"
+    path.write_bytes(path.read_bytes()[:2000])
+
+
+def lose_an_episode(folder: Path) -> None:
+    with h5py.File(folder / "data/main_data.hdf5", "a") as file:
+        del file["episode_1"]
+
+
+def lose_an_observation(folder: Path) -> None:
+    with h5py.File(folder / "data/main_data.hdf5", "a") as file:
+        file["episode_1/observations"].resize(2, axis=0)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut_hdf5, "truncated file"),
+        (lose_an_episode, "episode_1"),
+        (lose_an_observation, "episode 1 has 2 observations for 2, 2, 2, 2 actions, rewards, terminations"),
+        (lambda folder: (folder / "data/main_data.hdf5").unlink(), "No data found"),
+        (lambda folder: (folder / "data/metadata.json").write_text("{"), "Expecting property name"),
+        (lambda folder: edit_metadata(folder, total_steps=6), "holds 2 episodes, 5 steps, its metadata say 2 .*, 6"),
+        (lambda folder: edit_metadata(folder, minari_version="9.9"), "does not support"),
+        (lambda folder: edit_metadata(folder, data_format="pickle"), "pickle"),
+    ],
+)
+def test_a_damaged_minari_set_is_refused(damage: Callable[[Path], Any], message: str) -> None:
+    damage(write_minari())
+    with pytest.raises(ValueError, match=message) as error:
+        load(ID)
+    assert str(error.value).startswith(f"{ID}: /") and "\n" not in str(error.value)
+    assert str(error.value).endswith("; a complete Minari data set of Box observations works")
+
+
+def test_a_lost_arrow_episode_is_refused() -> None:
+    folder = write_minari(data_format="arrow")
+    next((folder / "data/1").glob("*.arrow")).unlink()
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load(ID)
+
+
+def test_dictionaries_are_refused() -> None:
+    space = Dict({"obs": LINE})
+    write_minari([({"obs": np.zeros((3, 1), np.float32)}, [1, 1], [1, 1], "truncations")], observation_space=space)
+    with pytest.raises(ValueError, match=r"Dict\(.*: a Box and a Box or Discrete are supported"):
+        load(ID)
+
+
+def test_what_a_data_set_describes_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An entry point in the metadata may be any function of any package."""
+    folder = write_minari()
+    spec = {**json.loads(gym.spec("CartPole-v1").to_json()), "entry_point": "os:abort"}
+    edit_metadata(folder, env_spec=json.dumps(spec))
+    assert load(ID).env_id == "CartPole-v1"
+    edit_metadata(folder, observation_space=None)
+    with pytest.raises(ValueError, match="its metadata lack observation_space"):
+        load(ID)
+
+
+def test_a_missing_set_is_named_with_the_command(home: Path) -> None:
+    with pytest.raises(ValueError) as error:
+        load("mujoco/hopper/medium-v0")
+    assert str(error.value) == (
+        f"mujoco/hopper/medium-v0 is not in {home} and could not be downloaded (no network); where the network allows: "
+        "minari download mujoco/hopper/medium-v0; or set MINARI_DATASETS_PATH to the folder that has it, or give a path"
+    )
+    (home / "mujoco/hopper/medium-v0/data").mkdir(parents=True)  # what an interruption leaves
+    with pytest.raises(ValueError, match=r"medium-v0 is incomplete: remove it, then: minari download mujoco/hopper/"):
+        load("mujoco/hopper/medium-v0")
+    with pytest.raises(ValueError, match=r"^hopper is no file, no folder and no Minari id; mujoco/hopper/medium-v0"):
+        load("hopper")
+    with pytest.raises(ValueError, match=r"^.* is no Minari folder: metadata.json is neither in it nor in its data$"):
+        load(str(home))
+
+
+def test_a_remote_set_is_downloaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    names: list[str] = []
+    monkeypatch.setattr(minari, "download_dataset", lambda name: names.append(name) or write_minari(name=name))
+    assert load(ID).checksum == load(ID).checksum
+    assert names == [ID]
+
+
+def test_an_unreadable_folder_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_minari()
+
+    def refuse(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    with pytest.raises(ValueError, match=r"cannot be read \(.*Permission denied.*\); a whole file that you may read"):
+        load(str(folder))
+
+
+@pytest.mark.parametrize("package", ["minari", "h5py"])
+def test_a_missing_package_is_named(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = str(write_minari()) if package == "minari" else write_d4rl(tmp_path)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ValueError, match=rf": {package} is not installed; .*'\.\[offline\]'$"):
+        load(name)

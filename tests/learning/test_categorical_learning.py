@@ -32,7 +32,7 @@ class Doors(TensorEnv):
     def initial(self, draws: Tensor) -> Tensor:
         return (8 * draws).floor()
 
-    def transition(self, physics: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def transition(self, physics: Tensor, actions: Tensor, draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         place = physics[:, 0]  # 0 to 7 the cue, 8 to 12 behind the wrong door, 13 to 17 behind the right one
         right = 13 * (actions == place % 2) + 8 * (actions != place % 2)
         ended = (place == 12) | (place == 17)

@@ -41,7 +41,7 @@ class Quit(TensorEnv):
     def initial(self, draws: Tensor) -> Tensor:
         return torch.where(draws < 0.5, -1.0, 1.0)
 
-    def transition(self, physics: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def transition(self, physics: Tensor, actions: Tensor, draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         quits = actions == (physics[:, 0] > 0)
         return -physics, torch.where(quits, 0.5, 0.1), quits
 

@@ -31,7 +31,7 @@ class Patches(TensorEnv):
     def initial(self, draws: Tensor) -> Tensor:
         return draws
 
-    def transition(self, physics: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def transition(self, physics: Tensor, actions: Tensor, draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         rewards = (actions == (3 * physics[:, 3]).floor()).float()
         return (61.7 * physics + 0.137).frac(), rewards, torch.zeros_like(rewards, dtype=torch.bool)
 

@@ -45,7 +45,7 @@ class Delayed(TensorEnv):
     def initial(self, draws: Tensor) -> Tensor:
         return torch.cat([draws, torch.zeros_like(draws[:, :1])], 1)
 
-    def transition(self, physics: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def transition(self, physics: Tensor, actions: Tensor, draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         numbers, due = physics[:, :2], physics[:, 2]
         right = actions == (numbers * torch.tensor([3, 2])).floor()
         physics = torch.cat([next_number(numbers), 0.5 * right.sum(1, keepdim=True)], 1)
@@ -70,7 +70,7 @@ class Masked(TensorEnv):
     def initial(self, draws: Tensor) -> Tensor:
         return draws
 
-    def transition(self, physics: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def transition(self, physics: Tensor, actions: Tensor, draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         allowed = self.mask(physics).gather(1, actions.unsqueeze(1)).squeeze(1)
         rewards = torch.where(allowed, 1 - actions / 3, -100.0)
         return next_number(physics), rewards, torch.zeros_like(allowed)

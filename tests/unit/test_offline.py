@@ -122,6 +122,16 @@ def test_the_checksum_is_the_contents(tmp_path: Path) -> None:
     assert len(set(same)) == 1 and len(other) == 64 and other not in same
 
 
+def test_d4rls_and_minaris_format_have_one_checksum(tmp_path: Path) -> None:
+    obs = np.repeat(np.arange(9, dtype=np.float32)[:, None], 17, axis=1)
+    actions, rewards = d4rl_columns()["actions"], d4rl_columns()["rewards"]
+    ends = [(0, 3, "terminations"), (3, 6, "truncations"), (6, 8, "nothing")]
+    episodes = [(obs[a : b + 1], actions[a:b], rewards[a:b], end) for a, b, end in ends]
+    half_cheetah = {"observation_space": Box(-INF, INF, (17,)), "action_space": Box(-1, 1, (6,))}
+    write_minari(episodes, **half_cheetah)
+    assert load(write_d4rl(tmp_path, next_observations=obs[1:])).checksum == load(ID).checksum
+
+
 def test_an_open_end_counts_as_truncated() -> None:
     write_minari([*EPISODES, ([7, 8], [1], [32], "nothing")])
     data = load(ID)
@@ -228,6 +238,8 @@ def test_the_environment_of_a_file_can_be_said(tmp_path: Path) -> None:
         load(name)
     data = load(name, env_id="HalfCheetah-v5")
     assert data.env_id == "HalfCheetah-v5" and data.scores == (-280.178953, 12135.0)
+    data = load(write_d4rl(tmp_path, "pen-human-v1.hdf5"), env_id="HalfCheetah-v5")
+    assert data.scores == (96.262799, 3076.8331017826877)  # those of the task that the file is named after
 
 
 def with_value(key: str, value: float) -> dict[str, Any]:
@@ -350,7 +362,7 @@ def test_dictionaries_are_refused() -> None:
 def test_what_a_data_set_describes_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """An entry point in the metadata may be any function of any package."""
     folder = write_minari()
-    spec = {**json.loads(gym.spec("CartPole-v1").to_json()), "entry_point": "os:abort"}
+    spec = {**json.loads(gym.spec("CartPole-v1").to_json()), "entry_point": "pytest:fail"}
     edit_metadata(folder, env_spec=json.dumps(spec))
     assert load(ID).env_id == "CartPole-v1"
     edit_metadata(folder, observation_space=None)

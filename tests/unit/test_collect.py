@@ -250,6 +250,23 @@ def test_td3_is_recorded_without_sampling_only(root: Path, tmp_path: Path) -> No
     assert data.storage.metadata["rl_lab"]["policy"] == wanted
 
 
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_an_agents_actions_are_sampled_unless_asked(
+    deterministic: bool, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Agent:
+        algo = "sac"
+
+        def __call__(self, obs: Tensor, generator: torch.Generator | None) -> Tensor:
+            return torch.full((len(obs), 1), 1.0 if generator is None else 0.5)
+
+    monkeypatch.setattr(module.sb3, "load", lambda path, observation_space, action_space: Agent())
+    (tmp_path / "agent.zip").write_bytes(b"")
+    flags = {"sb3": tmp_path / "agent.zip", "deterministic": deterministic, "steps": 4, "num_envs": 1}
+    collect(Args(dataset=ID, env="Pendulum-v1", **flags))
+    assert (recorded(ID)[0].actions == (1.0 if deterministic else 0.5)).all()
+
+
 # --- whole or not there -----------------------------------------------------------------------------------------------
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from rl_lab import checkpoint
 from rl_lab.curves.statistics import iqm
+from rl_lab.distributions import draw_noise
 from rl_lab.envs import make
 from rl_lab.episodes import evaluate, evaluation_seeds
 from rl_lab.vector import VectorEnv
@@ -105,7 +106,8 @@ class Policy:
         if single := x.ndim == len(shape):
             inputs = {name: x.unsqueeze(0) for name, x in inputs.items()}
         rows = (len(inputs["obs"]),)
-        noise = None if deterministic else self._algorithm.draw_noise(self._actions, rows, self.generator)
+        draw = getattr(self._algorithm, "draw_noise", draw_noise)
+        noise = None if deterministic else draw(self._actions, rows, self.generator)
         if {len(x) for x in self.memory.values()} - {*rows}:
             raise ValueError(f"{rows[0]} observations do not fit the memory: call reset({rows[0]}) before an episode")
         actions = self._algorithm.policy(self.params, self.normalizer, inputs | self.memory, noise, self._actions)

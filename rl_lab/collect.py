@@ -97,7 +97,7 @@ def check(args: Args) -> None:
 
 def source(args: Args) -> Source:
     """The policy and its environments, both seeded with `args.seed`; ValueError says what does not fit."""
-    env_seed, policy_seed = evaluation_seeds([args.seed, args.seed + 2**32], (0, 2))
+    env_seed, policy_seed = evaluation_seeds([args.seed, args.seed + 2**32], (0, 2))  # independent of each other
     generator = torch.Generator().manual_seed(policy_seed)
     if args.run is not None:
         return _run_source(args, args.run, env_seed, generator)

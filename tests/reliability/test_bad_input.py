@@ -69,7 +69,7 @@ def test_one_sample_a_minibatch_works_without_norm_adv(lab: Lab, tmp_path: Path)
     ("flags", "message"),
     [
         ("--no-such-flag", "Unrecognized options: --no-such-flag"),
-        ("--backend mujoco-warp", "invalid choice 'mujoco-warp' for argument '--backend'"),
+        ("--backend warp", "invalid choice 'warp' for argument '--backend'"),
         ("--learning-rate fast", "--learning-rate: could not convert string to float: 'fast'"),
     ],
 )

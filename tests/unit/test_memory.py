@@ -62,10 +62,10 @@ def peak(num_envs: int, folder: Path) -> int:
 
 
 def test_prediction_against_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What 16,384 more environments take is what was predicted, or up to 1.5 times less."""
+    """What 32,768 more environments take is what was predicted, or down to half of it."""
     predicted: list[int] = []
     monkeypatch.setattr("rl_lab.cli.require_memory", lambda n, seeds, each, device: predicted.append(n * each))
     args = replace(ppo.Args(), device="cpu")
-    args.require_room(make("CartPole-v1", (0,), 1), 16384, 16, hidden=4 * 64)
-    measured = peak(20480, tmp_path) - peak(4096, tmp_path)
-    assert measured < predicted[0] < 1.5 * measured
+    args.require_room(make("CartPole-v1", (0,), 1), 32768, 16, hidden=4 * 64)
+    measured = peak(36864, tmp_path) - peak(4096, tmp_path)
+    assert measured < predicted[0] < 2 * measured

@@ -111,7 +111,7 @@ def main() -> None:
         found["steps"].append({"losses": losses, "gradients": gradients, "params": params})
     commit = subprocess.run(["git", "-C", str(corl), "rev-parse", "HEAD"], capture_output=True, text=True).stdout
     found["versions"] = {"corl": commit.strip(), "torch": torch.__version__, "numpy": np.__version__}
-    (HERE / "iql_numbers.json").write_text(json.dumps(found, indent=1) + "\n")
+    (HERE / "iql_numbers.json").write_text(json.dumps(found) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import re
 import sys
 from dataclasses import replace
@@ -77,8 +78,7 @@ def test_a_task_of_one_s_own_is_learned(page: Path) -> None:
 
 
 def ppo_returns(folder: Path) -> tuple[float, float]:
-    import gzip
-
+    """Means of the first and of the last hundred episodes."""
     rows = gzip.decompress((folder / "episodes.csv.gz").read_bytes()).decode().splitlines()[1:]
     returns = [float(row.split(",")[1]) for row in rows]
     return sum(returns[:100]) / 100, sum(returns[-100:]) / 100

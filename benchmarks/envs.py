@@ -14,8 +14,6 @@ makes its images grey before it resizes them, and shows other frames than CleanR
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
 import platform
 import statistics
 import time
@@ -30,10 +28,10 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.report import machine, publish
 from rl_lab.compiler import Compiled, scan
 from rl_lab.envs import make
 from rl_lab.vector import State, TensorEnv
@@ -137,7 +135,7 @@ def sps(run: Callable[[], object], num_envs: int, seconds: float, clock: Callabl
 def measure(flags: Flags) -> dict[str, Any]:
     """Speeds of every turn, by environment, number of environments, and contender."""
     results: dict[str, dict[str, dict[str, list[float]]]] = {}
-    load, clock = os.getloadavg(), gpu_time if flags.device == "cuda" else time.process_time
+    clock = gpu_time if flags.device == "cuda" else time.process_time
     for env_id in flags.envs:
         for num_envs in flags.num_envs:
             space = make(env_id, (0,), 1).action_space
@@ -155,14 +153,13 @@ def measure(flags: Flags) -> dict[str, Any]:
                     found = sps(run, num_envs, flags.seconds, clock)
                     speeds[name] += [found] if turn else []
             results.setdefault(env_id, {})[str(num_envs)] = speeds
-    cpu = next(x.partition(": ")[2] for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x)
     names = ["torch", "numpy", "gymnasium", "mujoco"] + ["jax", "gymnax"] * bool(importlib.util.find_spec("gymnax"))
     gpu = {"gpu": torch.cuda.get_device_name()} if flags.device == "cuda" else {}
     return {
         "results": results,
         "per": "second" if gpu else "CPU-second",
         "versions": {"python": platform.python_version()} | {name: version(name) for name in names},
-        "machine": gpu | {"cpu": cpu, "cores": os.cpu_count(), "load_before": load, "load_after": os.getloadavg()},
+        "machine": gpu | machine(),
         "date": time.strftime("%Y-%m-%d"),
     }
 
@@ -189,13 +186,7 @@ def main() -> None:
     flags = tyro.cli(Flags, description=__doc__)
     torch.set_num_threads(1)
     report = measure(flags)
-    console = Console(width=110, record=True)
-    console.print(table(report))
-    for name in ("versions", "machine"):
-        console.print(f"{name}: {json.dumps(report[name])}")
-    if flags.save:
-        flags.save.write_text(json.dumps(report, indent=1) + "\n")
-        flags.save.with_suffix(".txt").write_text(console.export_text())
+    publish(report, [table(report)], ("versions", "machine"), flags.save, width=110)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import importlib.util
 import itertools
 import json
 import os
-import re
 import signal
 import statistics
 import subprocess
@@ -26,8 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from rich.console import Console
 from rich.table import Table
+
+from benchmarks.report import machine, publish
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "numpy", "gymnasium", "mujoco", "ale-py", "stable-baselines3", "tensorboard")
@@ -205,7 +205,6 @@ def measure(flags: Flags, args: Any, contenders: Contenders, batch: int, first: 
     # A process at its end has no clock, so the last turn ends before.
     ends = [first + batch * round(i * (marks - 1) / flags.slices) for i in range(flags.slices + 1)]
     steps = first + marks * batch
-    load, cpu = os.getloadavg(), re.findall("model name\\s*: (.*)", Path("/proc/cpuinfo").read_text())[0]
     with tempfile.TemporaryDirectory() as folder:
         runs = Path(folder)
         caches = {"RL_LAB_CACHE": f"{folder}/graphs", "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"}
@@ -228,7 +227,7 @@ def measure(flags: Flags, args: Any, contenders: Contenders, batch: int, first: 
         "results": results,
         "versions": versions(sys.executable, ROOT),
         "cleanrl": versions(str(flags.cleanrl_python), flags.cleanrl) if flags.cleanrl else None,
-        "machine": {"cpu": cpu, "cores": os.cpu_count(), "load_before": load, "load_after": os.getloadavg()},
+        "machine": machine(),
         "date": time.strftime("%Y-%m-%d"),
     }
 
@@ -281,10 +280,5 @@ def main(description: str, measured: Callable[[Flags], dict[str, Any]]) -> None:
         report = measured(flags)
     except (ValueError, RuntimeError) as error:
         raise SystemExit(f"error: {error}") from None
-    console = Console(width=None if sys.stdout.isatty() else 140, record=True)
-    console.print(*tables(report))
-    for name in ("versions", "cleanrl", "machine"):
-        console.print(f"{name}: {json.dumps(report[name]) if report[name] else 'left out'}")
-    if flags.save:
-        flags.save.write_text(json.dumps(report, indent=1) + "\n")
-        flags.save.with_suffix(".txt").write_text(console.export_text())
+    width = None if sys.stdout.isatty() else 140
+    publish(report, tables(report), ("versions", "cleanrl", "machine"), flags.save, width)

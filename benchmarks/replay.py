@@ -9,8 +9,6 @@ DQN's env steps between two gradient steps; Stable-Baselines3 takes them one by 
 
 from __future__ import annotations
 
-import json
-import os
 import platform
 import statistics
 import time
@@ -24,12 +22,12 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from rich.console import Console
 from rich.table import Table
 from stable_baselines3.common.buffers import ReplayBuffer
 from tensordict import TensorDict
 from torchrl.data import LazyTensorStorage, TensorDictPrioritizedReplayBuffer, TensorDictReplayBuffer
 
+from benchmarks.report import machine, publish
 from rl_lab.replay import Replay, Spec, draw_uniform
 
 ADDED = 10  # transitions at a time
@@ -172,7 +170,6 @@ def speed(call: Callable[[], object], seconds: float) -> float:
 def measure(flags: Flags) -> dict[str, Any]:
     """Speeds by row of the table, of every turn of every contender."""
     results: dict[str, dict[str, list[float]]] = {}
-    load = os.getloadavg()
     for case in CASES:
         for prioritized in (False, True):
             field = {"rl_lab": ours(case, prioritized), "TorchRL": torchrl(case, prioritized)}
@@ -188,11 +185,10 @@ def measure(flags: Flags) -> dict[str, Any]:
                 unit = f"batches of {case.batch_size}" if act == "sample" else "transitions added"
                 results[f"{case.name}, {kind}: {unit}"] = speeds
             del field
-    cpu = next(x.partition(": ")[2] for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x)
     return {
         "results": results,
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
-        "machine": {"cpu": cpu, "cores": os.cpu_count(), "load_before": load, "load_after": os.getloadavg()},
+        "machine": machine(),
         "date": time.strftime("%Y-%m-%d"),
     }
 
@@ -217,13 +213,7 @@ def main() -> None:
     flags = tyro.cli(Flags, description=__doc__)
     torch.set_num_threads(1)
     report = measure(flags)
-    console = Console(width=140, record=True)
-    console.print(table(report))
-    for name in ("versions", "machine"):
-        console.print(f"{name}: {json.dumps(report[name])}")
-    if flags.save:
-        flags.save.write_text(json.dumps(report, indent=1) + "\n")
-        flags.save.with_suffix(".txt").write_text(console.export_text())
+    publish(report, [table(report)], ("versions", "machine"), flags.save, width=140)
 
 
 if __name__ == "__main__":

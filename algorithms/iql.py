@@ -142,7 +142,8 @@ def train(args: Args) -> Run:
     args, data = open_dataset(args)
     env = make(args.env, args.seeds, 1, *args.make_options)
     actions, obs_size, generators = Actions.of(env.action_space), flat_size(env.observation_space), args.generators(0)
-    args.require("env", bool(actions.low), "one with actions in a Box")
+    bounded = bool(actions.low) and all(map(math.isfinite, actions.low + actions.high))
+    args.require("env", bounded, f"one with actions in a bounded Box, not {env.action_space}")
     if args.normalize_reward:
         data = replace(data, columns=data.columns | {"rewards": data.columns["rewards"] * reward_scale(data)})
     agents = [init_params(obs_size, actions, g) for g in generators]
@@ -153,13 +154,13 @@ def train(args: Args) -> Run:
     batches, best = Batches(data, args, generators), torch.full((args.num_seeds,), -torch.inf, dtype=torch.float64)
 
     def state() -> dict[str, Any]:
-        return {"params": agent, "target": target, "opts": opts, "best": best, "generators": batches.state_dict()}
+        return {"params": agent, "target": target, "opts": opts, "best": best, "batches": batches.state_dict()}
 
     run = Run(args, "iql", env, state)
     if run.saved:
         agent, target, opts = on_device([run.saved[name] for name in ("params", "target", "opts")], env.device)
         best = run.saved["best"]
-        batches.load_state_dict(run.saved["generators"])
+        batches.load_state_dict(run.saved["batches"])
 
     for iteration in run.iterations(args.num_iterations, args.log_every):
         for i, batch in enumerate(batches.draw()):

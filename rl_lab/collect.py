@@ -32,7 +32,7 @@ from rl_lab.envs import make
 from rl_lab.episodes import evaluation_seeds
 from rl_lab.evaluate import load
 from rl_lab.log import Progress, provenance
-from rl_lab.offline import reference_scores
+from rl_lab.offline import normalized, reference_scores
 from rl_lab.vector import VectorEnv
 
 WRITE_STEPS = 10_000  # steps of ended episodes that are written at once
@@ -205,7 +205,7 @@ def collect(args: Args) -> str:
         line += f"; whole ones return {returns.mean():.1f} ± {returns.std():.1f}"
         line += f" ({returns.min():.1f} to {returns.max():.1f})"
         if scores is not None:
-            line += f", normalized {100 * (returns.mean() - scores[0]) / (scores[1] - scores[0]):.1f}"
+            line += f", normalized {normalized(float(returns.mean()), scores):.1f}"
     return line
 
 

@@ -97,8 +97,7 @@ class Dataset:
         """
         if self.scores is None:
             raise ValueError(f"{self.name} has no reference scores; pass {SCORES_FLAG}")
-        random, expert = self.scores
-        return 100 * (returns - random) / (expert - random)
+        return normalized(returns, self.scores)
 
     def require_env(self, env_id: str, observation_space: gym.Space[Any], action_space: gym.Space[Any]) -> None:
         """Raise a ValueError unless the data fit an environment with these spaces."""
@@ -110,6 +109,12 @@ class Dataset:
             if not same:
                 where = f"; the data are of {self.env_id}" if self.env_id not in (None, env_id) else ""
                 raise ValueError(f"--env {env_id} has {what} {other}, {self.name} has {mine}{where}")
+
+
+def normalized(returns: Returns, scores: tuple[float, float]) -> Returns:
+    """100 * (returns - random) / (expert - random), by the mean returns of the two."""
+    random, expert = scores
+    return 100 * (returns - random) / (expert - random)
 
 
 class Source(NamedTuple):

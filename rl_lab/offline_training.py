@@ -78,16 +78,19 @@ class Batches:
         spec = {name: (tuple(x.shape[1:]), x.dtype) for name, x in data.columns.items()}
         self.replay = Replay(spec, 1, 1, len(data), args.gamma, device=args.torch_device, compile=args.compile)
         self.replay.add({name: x.unsqueeze(1).to(args.torch_device) for name, x in data.columns.items()})
-        self.args, self.generators = args, generators
+        self.args, self.generators, self.checksum = args, generators, data.checksum
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The generators."""
-        return {str(seed): g.get_state() for seed, g in zip(self.args.seeds, self.generators, strict=True)}
+    def state_dict(self) -> dict[str, Any]:
+        """The generators, and which data they draw from."""
+        random = {str(seed): g.get_state() for seed, g in zip(self.args.seeds, self.generators, strict=True)}
+        return {"generators": random, "checksum": self.checksum}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue from `state_dict()`."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict()`; ValueError if the data are others."""
+        if state["checksum"] != self.checksum:
+            raise ValueError(f"--dataset {self.args.dataset} is not what the run has learned from: put that back")
         for seed, generator in zip(self.args.seeds, self.generators, strict=True):
-            generator.set_state(state[str(seed)].cpu())
+            generator.set_state(state["generators"][str(seed)].cpu())
 
     def draw(self) -> Iterator[Batch]:
         """As many batches as there are between two entries of the log: columns (S, batch, ...)."""

@@ -9,12 +9,12 @@ from typing import Any
 import gymnasium as gym
 import pytest
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 
 from rl_lab.algorithms import iql
 from rl_lab.algorithms.iql import Args
 from rl_lab.cli import Stopped
-from rl_lab.compiler import leaves_of
 from rl_lab.distributions import Actions
 from rl_lab.networks import q_values, stack
 from rl_lab.offline import Dataset
@@ -131,9 +131,22 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, monkeypatch: pyt
         iql.train(Args(dataset="lucky", runs_dir=tmp_path / "part", stop_at=40, **flags))
     (folder, _) = sorted((tmp_path / "part").iterdir())
     resumed = iql.train(Args(dataset="lucky", runs_dir=tmp_path / "part", resume=folder, **flags))
-    for ours, theirs in zip(leaves_of(resumed.state()), leaves_of(whole.state()), strict=True):
-        assert torch.equal(ours, theirs)
+    tensors = [pytree.tree_leaves(run.state()) for run in (resumed, whole)]
+    for ours, theirs in zip(*tensors, strict=True):
+        assert torch.equal(ours, theirs) if isinstance(ours, Tensor) else ours == theirs
     assert resumed.recent == whole.recent
+
+    monkeypatch.setattr("rl_lab.offline_training.load", lambda *_: replace(lucky(torch.Generator()), checksum="other"))
+    with pytest.raises(ValueError, match="--dataset lucky is not what the run has learned from"):
+        iql.train(Args(dataset="lucky", runs_dir=tmp_path / "part", resume=folder, **flags))
+
+
+def test_discrete_actions_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    data = replace(lucky(torch.Generator(), 10), env_id="CartPole-v1")
+    monkeypatch.setattr("rl_lab.offline_training.load", lambda *_: data)
+    with pytest.raises(ValueError, match="--env CartPole-v1 must be one with actions in a bounded Box, not Discrete"):
+        iql.train(Args(dataset="lucky", runs_dir=tmp_path, device="cpu"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_divergence_stops_with_its_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -174,7 +174,7 @@ def _panel(axes: Axes, result: Result) -> None:
             mean, std, label = float(row["mean"]), float(row["std"]), "CleanRL, published: mean ± std"
             axes.errorbar(result.budget, mean, std, fmt="D", color=plot.COLOURS["reference"], markersize=5, capsize=3,
                           label=label, clip_on=False, zorder=5)  # fmt: skip
-    axes.set_title(result.env, loc="left", fontsize=10.5, fontweight="bold")
+    axes.set_title(result.env, loc="left", fontsize=10.5 if len(result.env) < 20 else 8.5, fontweight="bold")
     axes.set_title(result.verdict, loc="right", fontsize=9.5)
     axes.set_xlim(0, result.budget)
     axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))

@@ -31,7 +31,7 @@ from rl_lab.distributions import Actions, Outputs, logprob_and_entropy, sample, 
 from rl_lab.envs import make
 from rl_lab.networks import Params, flat_size, init_mlp, mlp, polyak, q_values, stack
 from rl_lab.offline import Dataset
-from rl_lab.offline_training import Batches, OfflineArgs, judge, nothing, open_dataset, require_sound
+from rl_lab.offline_training import OfflineArgs, OfflineRun, bounded_actions, open_dataset
 from rl_lab.optim import AdamState, adam, init_adam
 from rl_lab.replay import Batch
 from rl_lab.rollout import Inputs, contiguous, on_device
@@ -141,9 +141,7 @@ def train(args: Args) -> Run:
     """Train `args.num_seeds` agents; everything is in the run folders afterwards."""
     args, data = open_dataset(args)
     env = make(args.env, args.seeds, 1, *args.make_options)
-    actions, obs_size, generators = Actions.of(env.action_space), flat_size(env.observation_space), args.generators(0)
-    bounded = bool(actions.low) and all(map(math.isfinite, actions.low + actions.high))
-    args.require("env", bounded, f"one with actions in a bounded Box, not {env.action_space}")
+    actions, obs_size, generators = bounded_actions(args, env), flat_size(env.observation_space), args.generators(0)
     if args.normalize_reward:
         data = replace(data, columns=data.columns | {"rewards": data.columns["rewards"] * reward_scale(data)})
     agents = [init_params(obs_size, actions, g) for g in generators]
@@ -151,27 +149,20 @@ def train(args: Args) -> Run:
     target, opts = contiguous(agent["critics"]), {name: contiguous(vmap(init_adam)(x)) for name, x in agent.items()}
     step = vmap(partial(update, actions=actions, args=args), in_dims=(0, 0, 0, 0, None))
     learner = Compiled(step, ("iql", args.key, actions), args.compile, donate=(0, 1, 2))
-    batches, best = Batches(data, args, generators), torch.full((args.num_seeds,), -torch.inf, dtype=torch.float64)
 
-    def state() -> dict[str, Any]:
-        return {"params": agent, "target": target, "opts": opts, "best": best, "batches": batches.state_dict()}
-
-    run = Run(args, "iql", env, state)
+    run = OfflineRun(args, "iql", data, env, generators, lambda: {"params": agent, "target": target, "opts": opts})
     if run.saved:
         agent, target, opts = on_device([run.saved[name] for name in ("params", "target", "opts")], env.device)
-        best = run.saved["best"]
-        batches.load_state_dict(run.saved["batches"])
 
-    for iteration in run.iterations(args.num_iterations, args.log_every):
-        for i, batch in enumerate(batches.draw()):
-            done = (iteration * args.log_every + i) / args.total_timesteps
-            actor_lr = torch.tensor(args.learning_rate * 0.5 * (1 + math.cos(math.pi * done)), device=env.device)
+    for gradient_steps in run.intervals():
+        for i, batch in gradient_steps:
+            cosine = 0.5 * (1 + math.cos(math.pi * i / args.total_timesteps))
+            actor_lr = torch.tensor(args.learning_rate * cosine, device=env.device)
             agent, target, opts, metrics = learner(agent, target, opts, batch, actor_lr)
-        run.log(nothing(args.num_seeds, env.device), {f"losses/{name}": x for name, x in metrics.items()})
-        require_sound(run, metrics["q"], data, args.gamma)
-        if episodes := args.episodes_due(run):
-            test_env = make(args.env, args.evaluation_seeds, episodes, *args.make_options)
-            best = judge(run, data, partial(policy, noise=None, actions=actions), agent, {}, test_env, best)
+        run.log_losses(metrics)
+        if run.episodes_due:
+            test_env = make(args.env, args.evaluation_seeds, run.episodes_due, *args.make_options)
+            run.judge(partial(policy, noise=None, actions=actions), agent, {}, test_env)
     run.finish(agent, {})
     return run
 

@@ -60,6 +60,12 @@ def scaled(squashed: Tensor, actions: Actions) -> Tensor:
     return torch.stack(within, 1).reshape(-1, *actions.shape)
 
 
+def unscaled(taken: Tensor, actions: Actions) -> Tensor:
+    """What `scaled` takes to give these actions: (B, *shape), of bounded components, to (B, A) in [-1, 1]."""
+    columns = zip(taken.flatten(1).unbind(1), actions.low, actions.high, strict=True)
+    return torch.stack([(2 * x - high - low) / (high - low) for x, low, high in columns], 1)
+
+
 def sample(outputs: Outputs, noise: Tensor | None, actions: Actions) -> tuple[Tensor, Tensor]:
     """Sample actions, or take the likeliest where `noise` is None.
 

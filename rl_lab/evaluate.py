@@ -143,7 +143,9 @@ def load(run: str | Path) -> Policy:
     saved = checkpoint.load(run.resolve().parent / first)
     source = f"checkpoint after iteration {saved['run']['iteration']}"
     warnings.warn(f"{run} is not finished: this is its {source}", stacklevel=2)
-    agents = {"params": saved["state"]["params"], "normalizer": saved["state"]["collector"]["normalizer"]}
+    state = saved["state"]
+    normalizer = state.get("collector", state).get("normalizer", {})  # what learns from a data set collects nothing
+    agents = {"params": state["params"], "normalizer": normalizer}
     return Policy(config, **pytree.tree_map(lambda x: x[index], agents), source=source)
 
 

@@ -1,17 +1,26 @@
-"""What training commands share that learn from a fixed data set: their flags, their batches, their judgement."""
+"""What training commands share that learn from a fixed data set: their flags, their batches, their judgement.
+
+The protocol of the judgement is one for all: the parameters after the last gradient step, `--eval-episodes` episodes of
+likeliest actions in environments that no agent has seen, D4RL's normalized score. Every episode played is in the run's
+episodes.csv.gz, so that `rl_lab.compare` judges such runs as it does others. The best evaluation is logged apart: to
+report it is to choose by the test.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rl_lab.cli import RunArgs
-from rl_lab.offline import Dataset, load
+from rl_lab.distributions import Actions
+from rl_lab.offline import Dataset, load, normalized
 from rl_lab.replay import Batch, Replay, draw_uniform
 from rl_lab.run import Run
 from rl_lab.vector import VectorEnv
@@ -52,11 +61,6 @@ class OfflineArgs(RunArgs):
     def num_iterations(self) -> int:
         return self.total_timesteps // self.log_every
 
-    def episodes_due(self, run: Run) -> int:
-        """Episodes of each agent to play after the iteration now running: `eval_episodes` at the end."""
-        last = run.iteration + 1 == self.num_iterations
-        return self.eval_episodes if last else 10 * run.evaluation_due
-
 
 A = TypeVar("A", bound=OfflineArgs)
 
@@ -71,70 +75,129 @@ def open_dataset(args: A) -> tuple[A, Dataset]:
     return dataclasses.replace(args, env=env_id), data
 
 
-class Batches:
-    """Samples of one data set for S agents, each drawn by its agent's own generator; kept once for all of them."""
+def bounded_actions(args: OfflineArgs, env: VectorEnv) -> Actions:
+    """The environment's actions; a ValueError unless they have bounds."""
+    actions = Actions.of(env.action_space)
+    bounded = bool(actions.low) and all(map(math.isfinite, actions.low + actions.high))
+    args.require("env", bounded, f"one with actions in a bounded Box, not {env.action_space}")
+    return actions
 
-    def __init__(self, data: Dataset, args: OfflineArgs, generators: list[torch.Generator]) -> None:
+
+def standardized(data: Dataset, num_seeds: int) -> tuple[Dataset, dict[str, Tensor]]:
+    """The data with observations (s - mean) / (std + 1e-3) over all transitions [Fujimoto and Gu 2021, Eq. 4].
+
+    Also returns what `standardize` takes, mean and scale, with a leading seed axis (S, *obs).
+    """
+    obs = data.columns["obs"].double()
+    moments = {"mean": obs.mean(0).float(), "scale": (obs.std(0, correction=0) + 1e-3).float()}
+    columns = {name: standardize(moments, data.columns[name]) for name in ("obs", "next_obs")}
+    normalizer = {name: x.expand(num_seeds, *x.shape).contiguous() for name, x in moments.items()}
+    return dataclasses.replace(data, columns=data.columns | columns), normalizer
+
+
+def standardize(normalizer: dict[str, Tensor], obs: Tensor) -> Tensor:
+    """Observations (..., *obs) as those that were learned from; as they are where nothing is normalised."""
+    return (obs.float() - normalizer["mean"]) / normalizer["scale"] if normalizer else obs
+
+
+class OfflineRun(Run):
+    """A training run on a data set, which is kept once for all its agents.
+
+    Args:
+        args, algo, env: as `Run` takes them; nothing is played in `env`.
+        data: what to learn from.
+        generators: of the agents, one a seed; each draws its agent's batches.
+        state: gives what is learned as nested dicts of tensors: params, and what the algorithm has besides.
+    """
+
+    args: OfflineArgs
+
+    def __init__(
+        self,
+        args: OfflineArgs,
+        algo: str,
+        data: Dataset,
+        env: VectorEnv,
+        generators: Sequence[torch.Generator],
+        state: Callable[[], dict[str, Any]],
+    ) -> None:
+        self.data, self.generators, self.learned = data, generators, state
         spec = {name: (tuple(x.shape[1:]), x.dtype) for name, x in data.columns.items()}
         self.replay = Replay(spec, 1, 1, len(data), args.gamma, device=args.torch_device, compile=args.compile)
         self.replay.add({name: x.unsqueeze(1).to(args.torch_device) for name, x in data.columns.items()})
-        self.args, self.generators, self.checksum = args, generators, data.checksum
+        self.best = torch.full((args.num_seeds,), -torch.inf, dtype=torch.float64)  # mean return of an evaluation
+        super().__init__(args, algo, env, self._state)
+        if self.saved:
+            if self.saved["checksum"] != data.checksum:
+                raise ValueError(f"--dataset {args.dataset} is not what the run has learned from: put that back")
+            self.best = self.saved["best"]
+            for seed, generator in zip(args.seeds, generators, strict=True):
+                generator.set_state(self.saved["generators"][str(seed)].cpu())
 
-    def state_dict(self) -> dict[str, Any]:
-        """The generators, and which data they draw from."""
+    def _state(self) -> dict[str, Any]:
         random = {str(seed): g.get_state() for seed, g in zip(self.args.seeds, self.generators, strict=True)}
-        return {"generators": random, "checksum": self.checksum}
+        return {**self.learned(), "generators": random, "checksum": self.data.checksum, "best": self.best}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict()`; ValueError if the data are others."""
-        if state["checksum"] != self.checksum:
-            raise ValueError(f"--dataset {self.args.dataset} is not what the run has learned from: put that back")
-        for seed, generator in zip(self.args.seeds, self.generators, strict=True):
-            generator.set_state(state["generators"][str(seed)].cpu())
+    def intervals(self) -> Iterator[Iterator[tuple[int, Batch]]]:
+        """What there is to do between two entries of the log, again and again: gradient steps, numbered from 0, each
+        with its batch, columns (S, batch, ...)."""
+        for iteration in self.iterations(self.args.num_iterations, self.args.log_every):
+            yield enumerate(self._batches(), iteration * self.args.log_every)
 
-    def draw(self) -> Iterator[Batch]:
-        """As many batches as there are between two entries of the log: columns (S, batch, ...)."""
-        shape = (self.args.log_every, self.args.batch_size)
-        for points in draw_uniform(shape, self.generators):
+    def _batches(self) -> Iterator[Batch]:
+        for points in draw_uniform((self.args.log_every, self.args.batch_size), self.generators):
             flat = self.replay.sample(points.reshape(1, -1))
             yield {name: x.view(len(points), -1, *x.shape[2:]) for name, x in flat.items()}
 
+    def log_losses(self, metrics: dict[str, Tensor]) -> None:
+        """Log the metrics of a gradient step, (S,) each, at the end of an interval.
 
-def nothing(num_seeds: int, device: torch.device) -> Batch:
-    """What `Run.log` takes, without a step in any environment."""
-    done, total = torch.zeros(0, num_seeds, dtype=torch.bool, device=device), torch.zeros(0, num_seeds, device=device)
-    return {"terminated": done, "truncated": done, "episode_returns": total, "episode_lengths": total}
+        Raises:
+            FloatingPointError: if one is not finite, or the mean Q, `q`, is beyond what the rewards allow.
+        """
+        seeds, device = len(self.args.seeds), self.args.torch_device
+        done, total = torch.zeros(0, seeds, dtype=torch.bool, device=device), torch.zeros(0, seeds, device=device)
+        nothing = {"terminated": done, "truncated": done, "episode_returns": total, "episode_lengths": total}
+        self.log(nothing, {f"losses/{name}": x for name, x in metrics.items()})
+        if "q" in metrics and self.args.gamma < 1:
+            most = float(self.data.columns["rewards"].abs().max()) / (1 - self.args.gamma)
+            for seed, value in zip(self.args.seeds, metrics["q"].tolist(), strict=True):
+                if abs(value) > most:
+                    cause = "values of actions that the data do not have feed on themselves"
+                    raise self.diverged(f"Q of seed {seed} is {value:.3g}, the rewards allow {most:.3g}", cause)
 
+    @property
+    def episodes_due(self) -> int:
+        """Episodes of each agent to play at the end of the interval now running: `eval_episodes` after the last."""
+        last = self.iteration + 1 == self.args.num_iterations
+        return self.args.eval_episodes if last else 10 * self.evaluation_due
 
-def require_sound(run: Run, q: Tensor, data: Dataset, gamma: float) -> None:
-    """Raise a FloatingPointError where a mean Q, (S,), is beyond what the rewards allow: max |r| / (1 - gamma)."""
-    if gamma == 1:
-        return
-    most = float(data.columns["rewards"].abs().max()) / (1 - gamma)
-    for seed, value in zip(run.args.seeds, q.tolist(), strict=True):
-        if abs(value) > most:
-            cause = "values of actions that the data do not have feed on themselves"
-            raise run.diverged(f"Q of seed {seed} is {value:.3g}, the rewards allow {most:.3g}", cause)
+    def judge(self, policy: Callable[..., Any], agent: Any, normalizer: Any, env: VectorEnv) -> None:
+        """Play an episode in each row of `env` and log them, also as D4RL's normalized scores where these are known.
 
+        Args:
+            policy, agent, normalizer, env: as `Run.evaluate` takes them.
+        """
+        returns, lengths = self.evaluate(policy, agent, normalizer, env)
+        means = torch.from_numpy(returns.mean(1))
+        self.best = torch.maximum(self.best, means)
+        self.recent = returns.tolist()  # what the console shows, and the end of the run prints
+        table = {"eval/best_return": self.best}
+        if self.data.scores is not None:
+            for name, x in (("normalized_score", means), ("best_normalized_score", self.best)):
+                table[f"eval/{name}"] = self.data.normalized(x)
+        for index in range(len(means)):
+            steps = np.full(returns.shape[1], self.end)
+            self.logs.episodes(index, steps, returns[index], lengths[index].astype(np.int64))
+            self.logs.scalars(index, self.end, {name: float(x[index]) for name, x in table.items()})
 
-def judge(
-    run: Run, data: Dataset, policy: Callable[..., Any], agent: Any, normalizer: Any, env: VectorEnv, best: Tensor
-) -> Tensor:
-    """Evaluate and log, also as D4RL's normalized score where the data set has its two returns.
-
-    Args:
-        policy, agent, normalizer, env: as `Run.evaluate` takes them.
-        best: (S,) the best mean return so far.
-    Returns:
-        likewise, with this one.
-    """
-    returns = run.evaluate(policy, agent, normalizer, env)
-    means = torch.from_numpy(returns.mean(1))
-    best = torch.maximum(best, means)
-    run.recent = returns.tolist()  # what the console shows, and the end of the run prints
-    table = {"eval/best_return": best}
-    if data.scores is not None:
-        table |= {"eval/normalized_score": data.normalized(means), "eval/best_normalized_score": data.normalized(best)}
-    for index in range(len(means)):
-        run.logs.scalars(index, run.end, {name: float(x[index]) for name, x in table.items()})
-    return best
+    def score(self, index: int) -> str:
+        if not self.recent[index]:
+            return "not judged"
+        returns, scores = np.array(self.recent[index]), self.data.scores
+        mean, best = float(returns.mean()), float(self.best[index])
+        told = f"return {mean:,.1f} ± {returns.std():,.1f} in {len(returns)} episodes of the last parameters"
+        if scores is None:
+            return f"{told}; best evaluation {best:,.1f}"
+        score, peak = normalized(mean, scores), normalized(best, scores)
+        return f"normalized score {score:.1f}, {told}; best evaluation {peak:.1f}"

@@ -172,7 +172,7 @@ class Run:
         normalizer: Any,
         env: VectorEnv,
         memory: dict[str, Tensor] | None = None,
-    ) -> NDArray[np.float64]:
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Log the mean of one episode in each row of `env`, at the end of the iteration now running.
 
         Args:
@@ -182,7 +182,7 @@ class Run:
                 so a resumed run need not know of earlier ones.
             memory: a recurrent policy's before its first step, {name: (B, H)}; it then returns the new one too.
         Returns:
-            (S, N) the returns.
+            (S, N) the returns, and the lengths.
         """
 
         def act(inputs: dict[str, Tensor]) -> Any:
@@ -194,7 +194,7 @@ class Run:
         returns, lengths = (x.reshape(len(self.args.seeds), -1) for x in (returns, lengths))
         for index, (value, length) in enumerate(zip(returns.mean(1).tolist(), lengths.mean(1).tolist(), strict=True)):
             self.logs.scalars(index, self.end, {"eval/episodic_return": value, "eval/episodic_length": length})
-        return returns
+        return returns, lengths
 
     def checkpoint(self) -> None:
         """Save the training state, and where the logs stood.
@@ -229,14 +229,13 @@ class Run:
             tensors = flatten({"params": params, "normalizer": normalizer})
             model = {name: x[index] for name, x in tensors.items()}
             checkpoint.save_tensors(folder / "model.safetensors", model, {"algo": self.logs.config["algo"]})
-            recent = self.recent[index]
-            score = (
-                f"{sum(recent) / len(recent):.1f} over the last {len(recent)} episodes"
-                if recent
-                else "no episode ended"
-            )
-            print(f"{folder}: {score}")
+            print(f"{folder}: {self.score(index)}")
         self.logs.close()
+
+    def score(self, index: int) -> str:
+        """How well the agent of seed number `index` did, in words."""
+        recent = self.recent[index]
+        return f"{sum(recent) / len(recent):.1f} over the last {len(recent)} episodes" if recent else "no episode ended"
 
     def _due(self, every: int) -> bool:
         return _crosses(self.iteration - 1, self.steps_per_iteration, every)

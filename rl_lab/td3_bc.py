@@ -1,0 +1,8 @@
+"""Train TD3+BC on a data set, on one or many seeds, or resume a run."""
+
+from __future__ import annotations
+
+from rl_lab.algorithms.td3_bc import main
+
+if __name__ == "__main__":
+    main()

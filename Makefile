@@ -8,11 +8,14 @@ RUN := .venv/bin/python -m
 ppo: .venv/base  ## extra flags by ARGS, as in: make ppo ARGS="--num-seeds 10"
 	$(RUN) rl_lab.ppo --env HalfCheetah-v4 $(ARGS)
 
+# Tests run on as many cores as there are, up to four; those of a file share a core, and what was compiled for it.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) pytest -n auto --maxprocesses 4 --dist loadfile
+
 test: .venv/dev  ## everything, slow tests included; ARGS go to pytest
-	OMP_NUM_THREADS=1 $(RUN) pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 quick: .venv/dev  ## the tests that take seconds
-	OMP_NUM_THREADS=1 $(RUN) pytest -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 lint: .venv/dev
 	$(RUN) ruff check .

@@ -59,13 +59,13 @@ def batch(seed: int) -> dict[str, list[Any]]:
     return {name: column.tolist() for name, column in columns.items()}
 
 
-def classes(script: Path) -> SimpleNamespace:
-    """What the script defines of WANTED."""
+def classes(script: Path, wanted: set[str]) -> SimpleNamespace:
+    """What the script defines of the names in `wanted`."""
 
     def name(node: ast.stmt) -> str:
         return ast.unparse(node.targets[0]) if isinstance(node, ast.Assign) else getattr(node, "name", "")
 
-    body = [node for node in ast.parse(script.read_text()).body if name(node) in WANTED]
+    body = [node for node in ast.parse(script.read_text()).body if name(node) in wanted]
     scope: dict[str, Any] = {"torch": torch, "nn": nn, "F": F, "np": np, "copy": copy, "Normal": Normal}
     scope["CosineAnnealingLR"] = CosineAnnealingLR
     exec("from typing import *", scope)
@@ -86,7 +86,7 @@ def parameters(agent: Any) -> dict[str, nn.Parameter]:
 
 def main() -> None:
     corl = Path(sys.argv[1])
-    peer = classes(corl / "algorithms/offline/iql.py")
+    peer = classes(corl / "algorithms/offline/iql.py", WANTED)
     torch.set_default_dtype(torch.float64)
     actor, critics, value = peer.GaussianPolicy(OBS, ACTIONS, 1.0), peer.TwinQ(OBS, ACTIONS), peer.ValueFunction(OBS)
     actor.log_std.data = actor.log_std.data.double()

@@ -199,7 +199,7 @@ def mean_action(algorithm: ModuleType, tmp_path: Path, **flags: Any) -> float:
 def test_td3_bc_takes_better_actions_than_the_data(
     lucky: Lucky, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The data's mean action is 0, the best is 1. With alpha 0 it clones them; with Q's sign lost it takes worse ones."""
+    """The data's mean action is 0, the best is 1. With alpha 0 it clones; with Q's sign lost it takes worse ones."""
     lucky()
     assert mean_action(td3_bc, tmp_path / "td3_bc") > 0.5
     assert mean_action(td3_bc, tmp_path / "bc", alpha=0.0) == pytest.approx(0.0, abs=0.2)

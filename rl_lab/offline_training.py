@@ -126,7 +126,8 @@ class OfflineRun(Run):
         self.replay = Replay(spec, 1, 1, len(data), args.gamma, device=args.torch_device, compile=args.compile)
         self.replay.add({name: x.unsqueeze(1).to(args.torch_device) for name, x in data.columns.items()})
         self.best = torch.full((args.num_seeds,), -torch.inf, dtype=torch.float64)  # mean return of an evaluation
-        super().__init__(args, algo, env, self._state)
+        origin = {"name": data.name, "checksum": data.checksum, "transitions": len(data), "scores": data.scores}
+        super().__init__(args, algo, env, self._state, {"data": origin})
         if self.saved:
             if self.saved["checksum"] != data.checksum:
                 raise ValueError(f"--dataset {args.dataset} is not what the run has learned from: put that back")

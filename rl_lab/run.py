@@ -33,6 +33,7 @@ class Run:
         algo: name of the algorithm.
         env: whose rows are seeds by environments.
         state: gives the training state as nested dicts of tensors and JSON values.
+        about: what a new run's config.json says besides, by name.
 
     `saved` is the state to continue from, None for a new run. A new run's folders and first checkpoint exist when the
     constructor returns.
@@ -41,7 +42,14 @@ class Run:
         ValueError: if `args.runs_dir` cannot be written, or `args.resume` has no good checkpoint of its own.
     """
 
-    def __init__(self, args: RunArgs, algo: str, env: VectorEnv, state: Callable[[], dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        args: RunArgs,
+        algo: str,
+        env: VectorEnv,
+        state: Callable[[], dict[str, Any]],
+        about: dict[str, Any] | None = None,
+    ) -> None:
         self.args, self.env, self.state = args, env, state
         self.iteration, self.elapsed = 0, 0.0
         self.recent: list[list[float]] = [[] for _ in args.seeds]
@@ -50,7 +58,7 @@ class Run:
             space = type(env.action_space).__name__
             flags = args.to_json() | {"device": args.torch_device.type}  # not "auto": generators differ by device
             config = {"total_timesteps": args.total_timesteps, "action_space": space, "args": flags}
-            config["semantics"] = getattr(args, "semantics", "")
+            config |= {"semantics": getattr(args, "semantics", ""), **(about or {})}
             try:
                 self.logs = RunLog.create(args.runs_dir, args.env, algo, args.seeds, config)
                 for index in range(len(args.seeds)):

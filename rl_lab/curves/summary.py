@@ -69,7 +69,8 @@ def keep(runs: Sequence[Run], target: Path) -> Path:
     note |= {"total_timesteps": common_budget(runs), "semantics": first.config["semantics"]}
     # The folder as it is named here, not as it lay on the machine that trained.
     note["command"] = first.config["command"].replace(first.config["args"]["runs_dir"], str(first.path.parent))
-    note |= {name: first.config[name] for name in ("versions", "git_commit", "hardware")}
+    origin = ("versions", "git_commit", "hardware", "data")  # the last of runs that learned from a data set
+    note |= {name: first.config[name] for name in origin if name in first.config}
     lines = ["seed,global_step,episodic_return"]
     for run in sorted(runs, key=lambda run: run.seed):
         lines += [f"{run.seed},{int(t)},{r:.9g}" for t, r in zip(run.steps, run.returns, strict=True)]

@@ -1,0 +1,157 @@
+"""Keeps compact results of offline runs and makes the table and the plot that the README shows of them.
+
+python -m rl_lab.curves.offline RUN...     keep the results of these runs, those of one process, then as below
+python -m rl_lab.curves.offline            judge all results kept, make table and plot
+
+runs/results/offline/{data set}/{algo}__{env}.csv.gz, .json    episodes of all evaluations and how they came about, in
+                                                               the form of a reference set: `rl_lab.compare` reads them
+runs/results/offline.png                                       scores with intervals
+README.md                                                      the table, between <!-- results:offline --> and its end
+
+A run's score is D4RL's normalized one of its last evaluation, 100 episodes of the last parameters. Every algorithm is
+judged against behaviour cloning on the same data: the difference in IQM, its 90 % interval and the margins declared in
+margins.toml, as everywhere in the harness.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import tyro
+from matplotlib.figure import Figure
+
+from rl_lab.curves import plot, statistics, store
+from rl_lab.curves.compare import Equivalence, declared_margin, equivalence, in_units
+from rl_lab.curves.statistics import Floats
+from rl_lab.curves.summary import RESULTS, insert, interval, keep
+from rl_lab.offline import normalized
+
+NAMES = {"bc": "BC", "td3_bc": "TD3+BC", "iql": "IQL", "cql": "CQL"}
+FOLDER = RESULTS / "offline"
+READING = """
+
+IQM of D4RL's normalized scores over seeds, with its 95 % interval: the last parameters, 100 episodes of likeliest
+actions; seeds × gradient steps. The verdict and P, the chance that a run is above one of BC, are against BC on the same
+data ([how](docs/offline.md)). In brackets what CORL reports after a million gradient steps on D4RL's set of this name,
+which is other data. `runs/offline.sh` makes the rows again; [runs/results/offline](runs/results/offline) has every
+episode."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One algorithm on one data set: normalized scores (R,) of its seeds, gradient steps, and the test against BC."""
+
+    scores: Floats
+    steps: int
+    test: Equivalence | None
+
+
+def last_scores(path: Path, note: dict[str, Any]) -> Floats:
+    """(R,) the normalized score of each seed's last 100 episodes."""
+    returns = np.array([statistics.final_score(run.returns) for run in store.load(path)])
+    scores: Floats = np.array([normalized(float(x), note["data"]["scores"]) for x in returns])
+    return scores
+
+
+def judge_all(folder: Path) -> dict[str, dict[str, Cell]]:
+    """Every result kept, by data set and algorithm."""
+    found: dict[str, dict[str, Cell]] = {}
+    for data in sorted(path for path in folder.iterdir() if path.is_dir()):
+        notes = {path: store.provenance(path) for path in sorted(data.glob("*__*.csv.gz"))}
+        scores = {note["algo"]: last_scores(path, note) for path, note in notes.items()}
+        row = {}
+        for algo in NAMES:
+            for note in (note for note in notes.values() if note["algo"] == algo):
+                test = None
+                if algo != "bc" and "bc" in scores:
+                    margin = in_units(declared_margin(note["env"], None)[0], scores["bc"])
+                    rng = np.random.default_rng(0)
+                    test = equivalence("normalized score", scores[algo], scores["bc"], margin, rng)
+                row[algo] = Cell(scores[algo], note["total_timesteps"], test)
+        found[data.name] = row
+    return found
+
+
+def published() -> dict[tuple[str, str], str]:
+    """CORL's figures by algorithm and D4RL's data set."""
+    with (store.REFERENCE / "published_offline.csv").open(encoding="utf-8") as file:
+        next(file)  # the source
+        return {(row["algo"], row["dataset"]): row["mean"] for row in csv.DictReader(file)}
+
+
+def table(results: dict[str, dict[str, Cell]]) -> str:
+    """Markdown: a row for each data set, and how to read them."""
+    rows, theirs = [["data set", *NAMES.values()], ["---", *["---:"] * len(NAMES)]], published()
+    for data, row in results.items():
+        cells = [data]
+        task = data.removeprefix("lab-").rpartition("-v")[0]
+        for algo in NAMES:
+            known = theirs.get((algo, f"{task}-v2"))
+            bracket = f" ({float(known):.1f})" if known else ""
+            cells.append((_cell(row[algo]) if algo in row else "–") + bracket)
+        rows.append(cells)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows) + READING
+
+
+def _cell(cell: Cell) -> str:
+    iqm, low, high = map(float, interval(cell.scores))
+    text = f"{iqm:.1f} [{low:.1f}, {high:.1f}]" if len(cell.scores) > 1 else f"{iqm:.1f}"
+    text += f", {len(cell.scores)} × {cell.steps // 1000:,}k"
+    return text if cell.test is None else f"{text}: {cell.test.verdict}, P {cell.test.improvement:.2f}"
+
+
+def draw(results: dict[str, dict[str, Cell]]) -> Figure:
+    """Scores of single seeds and their IQM with its interval, a row for each data set."""
+    colours = dict(zip(NAMES, ("#6b7280", "#e08214", "#2f7de1", "#1b9e77"), strict=True))
+    with matplotlib.rc_context(plot.STYLE):
+        figure = Figure(figsize=(8.0, 1.2 + 0.55 * len(results)), layout="constrained")
+        axes = figure.subplots()
+        for y, row in enumerate(results.values()):
+            for k, (algo, cell) in enumerate(row.items()):
+                place = y + 0.17 * (k - (len(row) - 1) / 2)
+                iqm, low, high = map(float, interval(cell.scores))
+                axes.plot(cell.scores, np.full(len(cell.scores), place), "|", color=colours[algo], alpha=0.6)
+                axes.errorbar(iqm, place, xerr=[[iqm - low], [high - iqm]], fmt="o", markersize=4, color=colours[algo])
+        for algo in [a for a in NAMES if any(a in row for row in results.values())]:
+            axes.plot([], [], "o", color=colours[algo], label=NAMES[algo])
+        axes.set_yticks(range(len(results)), list(results))
+        axes.invert_yaxis()
+        axes.set_xlabel("normalized score")
+        axes.grid(axis="x", color=plot.INK, alpha=0.12, linewidth=0.6)
+        axes.tick_params(length=0)
+        figure.legend(loc="outside upper center", ncols=len(NAMES), frameon=False)
+        return figure
+
+
+def main(runs: tyro.conf.Positional[tuple[Path, ...]] = ()) -> None:
+    """Keep the results of runs; make the table in README.md and the plot of all that are kept.
+
+    Args:
+        runs: run folders to keep: every seed that was trained together.
+    """
+    try:
+        if runs:
+            loaded = [run for path in runs for run in store.load(path)]
+            if "data" not in loaded[0].config:
+                raise ValueError(f"{runs[0]} has not learned from a data set; rl_lab.curves.summary keeps others")
+            name = str(loaded[0].config["data"]["name"]).strip("./~").removesuffix(".hdf5").replace("/", "-")
+            print(keep(loaded, FOLDER / name))
+        if not FOLDER.is_dir():
+            raise ValueError(f"{FOLDER} keeps no results: name run folders")
+        results = judge_all(FOLDER)
+        (RESULTS / "offline.png").write_bytes(plot.png(draw(results)))
+        print(table(results))
+        if Path("README.md").is_file():
+            insert(Path("README.md"), "offline", table(results))
+    except ValueError as error:
+        sys.exit(f"offline: {error}")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Reproduce the offline results in the README: runs/offline.sh [TASK-SET...], such as hopper-medium-replay.
+# The data sets are the lab's own, made by runs/make_offline_data.sh. Every algorithm on every set is a step of its own:
+# skipped if its results are kept, resumed if it was interrupted. STEPS and SEEDS change the budget.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export OMP_NUM_THREADS=1
+
+sets=()
+for task in hopper walker2d halfcheetah; do
+    for set in medium-replay medium medium-expert; do sets+=("$task-$set"); done
+done
+(($# == 0)) || sets=("$@")
+python=${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo python3)}
+
+finished() { for folder; do [[ -f $folder/model.safetensors ]] || return; done; }
+
+for name in "${sets[@]}"; do
+    task=${name%%-*} set=${name#*-}
+    algorithms=(bc iql td3_bc)
+    [[ $name == hopper-medium-replay || $name == walker2d-medium-replay ]] && algorithms+=(cql)
+    for algo in "${algorithms[@]}"; do
+        echo "=== $algo on lab/$task/$set-v0"
+        if compgen -G "runs/results/offline/lab-$task-$set-v0/${algo}__*.csv.gz" > /dev/null; then
+            echo "its results are kept; remove runs/results/offline/lab-$task-$set-v0/${algo}__* to train again"
+            continue
+        fi
+        steps=50000 seeds=5
+        [[ $algo == cql ]] && steps=40000 seeds=3
+        folder=runs/offline/$name/$algo
+        mapfile -t folders < <(compgen -G "$folder/*__${algo}__*" || true)
+        if ((${#folders[@]} == 0)); then
+            "$python" -m "rl_lab.$algo" --dataset "lab/$task/$set-v0" --total-timesteps "${STEPS:-$steps}" \
+                --num-seeds "${SEEDS:-$seeds}" --eval-every 10000 --checkpoint-every 10000 --runs-dir "$folder"
+            mapfile -t folders < <(compgen -G "$folder/*__${algo}__*")
+        elif ! finished "${folders[@]}"; then
+            "$python" -m "rl_lab.$algo" --resume "${folders[0]}"
+        fi
+        "$python" -m rl_lab.curves.offline "${folders[@]}"
+    done
+done

@@ -1,0 +1,71 @@
+"""The table of offline results: scores, verdicts against behaviour cloning, figures of CORL, from kept results."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rl_lab.curves import offline
+from rl_lab.curves.plot import png
+
+SCORES = [-20.0, 3234.0]  # of a random policy and an expert
+SPAN = SCORES[1] - SCORES[0]
+
+
+def keep(folder: Path, algo: str, scores: list[float], name: str = "lab-hopper-medium-v0") -> None:
+    """Results as they are kept: an early evaluation of 10 episodes, and the last of 100 around each seed's score."""
+    spread = np.random.default_rng(0).normal(0, 5, 100)
+    lines = ["seed,global_step,episodic_return"]
+    for seed, score in enumerate(scores):
+        returns = SCORES[0] + SPAN * (score + spread - spread.mean()) / 100
+        lines += [f"{seed},10000,0.0"] * 10 + [f"{seed},50000,{x!r}" for x in returns.tolist()]
+    note = {"algo": algo, "env": "Hopper-v4", "total_timesteps": 50000, "data": {"scores": SCORES}}
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    (folder / name / f"{algo}__Hopper-v4.csv.gz").write_bytes(gzip.compress("\n".join([*lines, ""]).encode()))
+    (folder / name / f"{algo}__Hopper-v4.json").write_text(json.dumps(note))
+
+
+def test_scores_and_verdicts(tmp_path: Path) -> None:
+    """IQL is 20 points above BC in every seed, TD3+BC is BC itself; 20 % of 50 is the margin, 10 points."""
+    keep(tmp_path, "bc", [49.0, 50, 50, 50, 51])
+    keep(tmp_path, "iql", [69.0, 70, 70, 70, 71])
+    keep(tmp_path, "td3_bc", [49.0, 50, 50, 50, 51])
+    keep(tmp_path, "cql", [29.0, 30, 31])
+    row = offline.judge_all(tmp_path)["lab-hopper-medium-v0"]
+    np.testing.assert_allclose(row["iql"].scores, [69, 70, 70, 70, 71])
+    assert {algo: cell.test and cell.test.verdict for algo, cell in row.items()} == {
+        "bc": None, "iql": "better", "td3_bc": "match", "cql": "worse",
+    }  # fmt: skip
+    assert row["iql"].test and row["iql"].test.improvement == 1.0 and row["iql"].test.margin == pytest.approx(10.0)
+    line = offline.table({"lab-hopper-medium-v0": row}).splitlines()[2]
+    assert line.startswith("| lab-hopper-medium-v0 | 50.0 [")
+    assert "5 × 50k (53.5) |" in line  # CORL's BC on hopper-medium-v2
+    assert ": better, P 1.00 (67.5)" in line and ": worse, P 0.00 (59.1)" in line
+
+
+def test_sets_without_bc_or_a_published_figure_are_shown(tmp_path: Path) -> None:
+    keep(tmp_path, "iql", [10.0, 20.0], name="my-own-v3")
+    keep(tmp_path, "bc", [10.0], name="one-seed-v0")
+    results = offline.judge_all(tmp_path)
+    assert results["my-own-v3"]["iql"].test is None
+    lines = offline.table(results).splitlines()
+    assert lines[2].startswith("| my-own-v3 | – |") and lines[3].startswith("| one-seed-v0 | 10.0, 1 × 50k |")
+    assert png(offline.draw(results)).startswith(b"\x89PNG")
+
+
+def test_other_runs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="keeps no results: name run folders"):
+        offline.main()
+    run = tmp_path / "CartPole-v1__ppo__1__1"
+    run.mkdir()
+    config = {"env": "CartPole-v1", "algo": "ppo", "seed": 1, "total_timesteps": 10}
+    (run / "config.json").write_text(json.dumps(config))
+    rows = b"global_step,episodic_return,episodic_length\n10,1.0,1\n"
+    (run / "episodes.csv.gz").write_bytes(gzip.compress(rows))
+    with pytest.raises(SystemExit, match="has not learned from a data set"):
+        offline.main((run,))

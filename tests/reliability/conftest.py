@@ -43,12 +43,15 @@ for request in sys.stdin:
 # Ten iterations of 32 steps, checkpoints after each third or fourth.
 SHARED = "--no-compile --device cpu --total-timesteps 320 --num-envs 2 --checkpoint-every 100"
 REPLAY = "--log-every 32 --buffer-size 100 --learning-starts 64 --train-frequency 4 --batch-size 8"
+DATA = "--no-compile --device cpu --total-timesteps 320 --log-every 32 --batch-size 8 --checkpoint-every 32"
 TINY = {
     "ppo": f"{SHARED} --num-steps 16 --num-minibatches 2 --update-epochs 2",
     "dqn": f"{SHARED} {REPLAY} --target-network-frequency 16",
     "rainbow": f"{SHARED} {REPLAY} --target-network-frequency 16",
     "sac": f"{SHARED} {REPLAY} --train-frequency 16",
     "td3": f"{SHARED} {REPLAY} --train-frequency 16",
+    "iql": f"{DATA} --eval-every 96 --eval-episodes 2",
+    "td3_bc": f"{DATA} --eval-every 96 --eval-episodes 2",
 }
 
 

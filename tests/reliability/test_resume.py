@@ -12,6 +12,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
@@ -137,6 +138,22 @@ SHORT_GAMES = "import os, rl_lab.envs.atari as atari; os.fsync, atari.MAX_FRAMES
 )
 def test_killed_at_ten_random_moments(lab: Lab, tmp_path: Path, algo: str, flags: list[str]) -> None:
     """Five of them anywhere, five between two writes."""
+    moments = random.Random(0)
+    for name, before in (("calls", CALLS + SHORT_EPISODES), ("writes", WRITES + SHORT_EPISODES)):
+        kill_five_times(lab, tmp_path / name, algo, flags, before, moments)
+
+
+@pytest.mark.parametrize("algo", ["iql", "td3_bc"])
+def test_killed_while_it_learns_from_a_data_set(lab: Lab, tmp_path: Path, algo: str) -> None:
+    """Batches, noise, schedules, statistics of the data and evaluations go on as they were."""
+    h5py = pytest.importorskip("h5py", reason="data sets need h5py")
+    numbers = np.random.default_rng(0)
+    with h5py.File(tmp_path / "halfcheetah-random-v2.hdf5", "w") as file:
+        for name, width in (("observations", 17), ("next_observations", 17), ("actions", 6)):
+            file[name] = numbers.uniform(-1, 1, (64, width)).astype(np.float32)
+        file["rewards"] = numbers.normal(size=64).astype(np.float32)
+        file["terminals"], file["timeouts"] = np.arange(64) % 8 == 7, np.arange(64) % 16 == 11
+    flags = ["--dataset", str(tmp_path / "halfcheetah-random-v2.hdf5"), "--num-seeds", "2"]
     moments = random.Random(0)
     for name, before in (("calls", CALLS + SHORT_EPISODES), ("writes", WRITES + SHORT_EPISODES)):
         kill_five_times(lab, tmp_path / name, algo, flags, before, moments)

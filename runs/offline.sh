@@ -27,7 +27,7 @@ for name in "${sets[@]}"; do
         fi
         steps=50000 seeds=5
         [[ $algo == cql ]] && steps=40000 seeds=3
-        folder=runs/offline/$name/$algo
+        folder=runs/$algo/$name
         mapfile -t folders < <(compgen -G "$folder/*__${algo}__*" || true)
         if ((${#folders[@]} == 0)); then
             "$python" -m "rl_lab.$algo" --dataset "lab/$task/$set-v0" --total-timesteps "${STEPS:-$steps}" \

@@ -8,8 +8,11 @@ import gzip
 import hashlib
 import math
 import os
+import re
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +34,7 @@ from rl_lab.envs import make
 from rl_lab.replay import Replay, transitions
 from rl_lab.vector import Step, VectorEnv
 
+ROOT = Path(__file__).parents[2]
 ID = "lab/pendulum/random-v0"
 RANDOM = Args(dataset=ID, env="Pendulum-v1", random=True, steps=800, num_envs=2)
 
@@ -533,3 +537,42 @@ def test_faults_end_in_one_line(root: Path, capsys: pytest.CaptureFixture[str]) 
     finally:
         signal.signal(signal.SIGTERM, before)
     assert files(root) == []
+
+
+# --- the recipe -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_recipe_makes_what_is_not_there(root: Path, tmp_path: Path) -> None:
+    """All but the training, which has ended; the expert's set is there, and random actions stand for the expert."""
+    args = sac.Args(env="Hopper-v4", total_timesteps=200, learning_starts=190, log_every=100, batch_size=8)
+    args = replace(args, compile=False, runs_dir=tmp_path / "runs/offline")
+    (run,) = sac.train(args).logs.folders
+    script = shutil.copy(ROOT / "runs/make_offline_data.sh", tmp_path / "runs")
+    collect(Args(dataset="lab/hopper/expert-v0", env="Hopper-v4", random=True, steps=30))
+    environment = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "STEPS": "50", "AGENTS": "nowhere"}
+
+    def called(*tasks: str, **more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([script, *tasks], env=environment | more, capture_output=True, text=True)
+
+    made = called("hopper")
+    assert made.returncode == 0, made.stderr
+    rows = re.findall(r"^\| `lab/hopper/([-\w]+)-v0` \| (\d+) \|", made.stdout, re.MULTILINE)
+    steps = {"random": 50, "medium": 50, "expert": 30, "medium-expert": 80, "medium-replay": 200}
+    assert {name: int(count) for name, count in rows} == steps
+    actor = tmp_path / "runs/offline/hopper-medium"
+    obs = torch.linspace(-1, 1, 55).view(5, 11)
+    assert torch.equal(rl_lab.load(actor)(obs), rl_lab.load(run)(obs))
+    assert sum(path.stat().st_size for path in actor.iterdir()) < 1_000_000
+    both = offline.load("lab/hopper/medium-expert-v0")
+    parts = [offline.load(f"lab/hopper/{name}-v0").columns["rewards"] for name in ("medium", "expert")]
+    assert torch.equal(both.columns["rewards"], torch.cat(parts)) and both.scores == (-20.272305, 3234.3)
+
+    before = {path: (root / path).stat().st_mtime_ns for path in files(root)}
+    shutil.rmtree(run)  # what is there needs no training
+    assert called("hopper").stdout.count("is there; remove") == 5
+    assert {path: (root / path).stat().st_mtime_ns for path in files(root)} == before
+    skipped = called("walker2d", SETS="expert medium-expert")
+    assert "there is no nowhere/tqc/Walker2d-v3_1/Walker2d-v3.zip" in skipped.stdout
+    assert "skipped: it takes the medium and the expert set" in skipped.stdout and skipped.returncode == 0
+    assert called("ant").returncode == called("hopper", SETS="expart").returncode == 2

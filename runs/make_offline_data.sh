@@ -62,7 +62,7 @@ combine() {  # combine SET SET NEW: in a hidden folder that Minari does not list
 
 made=()
 for task; do
-    case $task in  # a third of what the expert returns, D4RL's medium level
+    case $task in  # a third of what the expert returns, as D4RL's medium level
         halfcheetah) name=HalfCheetah level=4000 ;;
         hopper) name=Hopper level=1200 ;;
         walker2d) name=Walker2d level=1500 ;;

@@ -180,11 +180,11 @@ def _replayed(args: Args, run: Path) -> Source:
         raise ValueError(f"--replay {run}: its replay is empty, as its checkpoint is of step 0")
     first = config["seeds"].index(seed) * num_envs
     columns = {name: x[:, first : first + num_envs] for name, x in columns.items()}
-    about = {"kind": "replay", "algo": policy.algo, "run": run.resolve().name, "steps": replay["written"] * num_envs}
-    about["sha256"] = _sha256(folder / checkpoint.NAME, folder / checkpoint.PREVIOUS)
-    about = {"policy": about, "env": policy.env_id, "actions": "replayed", "seed": seed, "num_envs": num_envs}
-    played = replayed(columns, replay["written"])
-    return Source(policy.env_id, policy.environments(0, 1), played, columns["rewards"].numel(), about)
+    origin = {"kind": "replay", "algo": policy.algo, "run": run.resolve().name, "steps": replay["written"] * num_envs}
+    origin["sha256"] = _sha256(folder / checkpoint.NAME, folder / checkpoint.PREVIOUS)
+    about = {"policy": origin, "env": policy.env_id, "actions": "replayed", "seed": seed, "num_envs": num_envs}
+    met = replayed(columns, replay["written"])
+    return Source(policy.env_id, policy.environments(0, 1), met, columns["rewards"].numel(), about)
 
 
 def _loaded(args: Args, run: Path) -> Policy:

@@ -71,6 +71,8 @@ class RunArgs:
     """env steps of one seed between checkpoints; 0 for the first and last only"""
     eval_every: int = 0
     """env steps of one seed between evaluations of 10 episodes, logged as eval/episodic_return; 0 for none"""
+    until_return: float | None = None
+    """end the run, as finished, after the first evaluation at which every seed's mean return is at least this"""
     stop_at: int = 0
     """env step of one seed to stop at, checkpointed; --resume goes on from there; 0 for the end"""
     resume: Path | None = None
@@ -85,6 +87,8 @@ class RunArgs:
             elif field.name in _RANGES and (value := getattr(self, field.name)) is not None:
                 wanted, valid = _RANGES[field.name]
                 self.require(field.name, valid(value), wanted)
+        judged = self.until_return is None or (math.isfinite(self.until_return) and self.eval_every > 0)
+        self.require("until_return", judged, "finite, with --eval-every above 0")
         self.require("stop_at", self.stop_at <= self.total_timesteps, f"at most {self.total_timesteps}, the whole run")
         self.require("seed", self.seed + self.num_seeds <= 2**63, "below 2**63, the last one too")
         if self.device == "cuda" and not torch.cuda.is_available():

@@ -36,13 +36,16 @@ def share(args: A) -> tuple[A, A]:
     """The flags of the run, and those of this rank with its share of `num_envs`. Only rank 0's run folders last.
 
     Raises:
-        ValueError: if num_envs does not divide, or for --resume: a checkpoint holds one rank's environments only.
+        ValueError: if num_envs does not divide, for --until-return, and for --resume: a checkpoint holds one rank's
+            environments only.
     """
     rank, size = ranks()
     if size == 1:
         return args, args
     num_envs: int = getattr(args, "num_envs", 1)
     args.require("num_envs", num_envs % size == 0, f"a multiple of torchrun's {size} ranks")
+    alone = "left out: torchrun's ranks, each with statistics of its own, might not end together"
+    args.require("until_return", args.until_return is None, alone)
     args.require("resume", args.resume is None, "left out: a run under torchrun cannot be continued")
     if rank:
         args = dataclasses.replace(args, runs_dir=Path(tempfile.mkdtemp(prefix="rl_lab-rank-")))

@@ -54,6 +54,7 @@ class OfflineArgs(RunArgs):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require("dataset", bool(self.dataset), "a Minari id or a path")
+        self.require("until_return", self.until_return is None, "left out: to end by what is played is to choose by it")
         whole = self.total_timesteps % self.log_every == 0
         self.require("total_timesteps", whole, f"a multiple of --log-every {self.log_every}")
 

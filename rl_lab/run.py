@@ -51,7 +51,7 @@ class Run:
         about: dict[str, Any] | None = None,
     ) -> None:
         self.args, self.env, self.state = args, env, state
-        self.iteration, self.elapsed = 0, 0.0
+        self.iteration, self.elapsed, self.reached = 0, 0.0, False  # --until-return, in the last evaluation
         self.recent: list[list[float]] = [[] for _ in args.seeds]
         self.saved: dict[str, Any] | None = None
         if args.resume is None:
@@ -75,6 +75,7 @@ class Run:
                 raise ValueError(f"--resume {args.resume}: its checkpoint is of another run; put its own back")
             self.saved = loaded["state"]
             self.iteration, self.elapsed, self.recent = progress["iteration"], progress["elapsed"], progress["recent"]
+            self.reached = progress["reached"]
             self.checkpointed = self.iteration
             self.logs.rewind(progress["logs"])
             if args.total_timesteps != self.logs.config["total_timesteps"]:
@@ -82,6 +83,8 @@ class Run:
 
     def iterations(self, num_iterations: int, steps: int) -> Iterator[int]:
         """Indices of the iterations to do, each of `steps` env steps a seed; checkpoints between them.
+
+        The one in which an evaluation reaches --until-return is the last.
 
         Raises:
             Stopped: at --stop-at; after SIGINT or SIGTERM, once the running iteration is finished and checkpointed; at
@@ -91,7 +94,11 @@ class Run:
         self.saved = None  # whose replay may take most of the memory
         self.steps_per_iteration = steps
         first, caught = self.iteration, []
-        if first >= num_iterations:
+
+        def ended() -> bool:
+            return self.reached or self.iteration >= num_iterations
+
+        if ended():
             print(f"{self.logs.folders[0]} is finished: {first * steps} steps")
 
         def stop(number: int, _: object) -> None:
@@ -103,14 +110,13 @@ class Run:
         self.progress = Progress(num_iterations * steps, len(self.args.seeds))
         self.started, self.flushed = time.monotonic() - self.elapsed, time.monotonic()
         try:
-            while self.iteration < num_iterations:
+            while not ended():
                 if self._stops_here:
                     raise self._stopped(f"--stop-at {self.args.stop_at}", 0)
                 yield self.iteration
                 self.iteration += 1
                 self.elapsed = time.monotonic() - self.started
-                last = self.iteration == num_iterations
-                if caught or last or self._stops_here or self._due(self.args.checkpoint_every):
+                if caught or ended() or self._stops_here or self._due(self.args.checkpoint_every):
                     self.checkpoint()
                 if caught:
                     raise self._stopped(signal.Signals(caught[0]).name, 128 + caught[0])
@@ -120,6 +126,8 @@ class Run:
             self.progress.close()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+        if self.reached:
+            print(f"--until-return {self.args.until_return}: reached at step {self.iteration * steps}")
 
     @property
     def end(self) -> int:
@@ -202,6 +210,8 @@ class Run:
         returns, lengths = (x.reshape(len(self.args.seeds), -1) for x in (returns, lengths))
         for index, (value, length) in enumerate(zip(returns.mean(1).tolist(), lengths.mean(1).tolist(), strict=True)):
             self.logs.scalars(index, self.end, {"eval/episodic_return": value, "eval/episodic_length": length})
+        wanted = self.args.until_return
+        self.reached = wanted is not None and bool((returns.mean(1) >= wanted).all())
         return returns, lengths
 
     def checkpoint(self) -> None:
@@ -219,6 +229,7 @@ class Run:
             "iteration": self.iteration,
             "elapsed": self.elapsed,
             "recent": self.recent,
+            "reached": self.reached,
             "logs": self.logs.state_dict(),
         }
         checkpoint.save(self.logs.checkpoint_folder, {"state": state, "run": progress})

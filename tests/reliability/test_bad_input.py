@@ -43,6 +43,8 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("--update-epochs 0", "--update-epochs 0 must be at least 1"),
         ("--torch-threads 0", "--torch-threads 0 must be at least 1"),
         ("--eval-every -1", "--eval-every -1 must be at least 0"),
+        ("--until-return 400", "--until-return 400.0 must be finite, with --eval-every above 0"),
+        ("--until-return nan --eval-every 64", "--until-return nan must be finite, with --eval-every above 0"),
         ("--checkpoint-every -1", "--checkpoint-every -1 must be at least 0"),
         ("--gamma 1.01", r"--gamma 1.01 must be in \[0, 1\]"),
         ("--gae-lambda -0.1", r"--gae-lambda -0.1 must be in \[0, 1\]"),

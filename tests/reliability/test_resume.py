@@ -285,6 +285,16 @@ def test_a_finished_run_says_so_and_stays(lab: Lab, tmp_path: Path, whole: dict[
     assert record(folders) == whole
 
 
+def test_a_run_that_returned_enough_is_finished(lab: Lab, tmp_path: Path) -> None:
+    folders = lab.trained(tmp_path, "--num-seeds", 2, "--eval-every", 64, "--until-return", 1)
+    before = record(folders)
+    ended = lab.run("--resume", folders[1])
+    assert (ended.status, ended.err) == (0, "") and f"{folders[0]} is finished: 64 steps" in ended.out
+    assert record(folders) == before
+    refused = lab.run("--resume", folders[1], "--until-return", 2)
+    assert refused.status == 2 and "--until-return 2.0: the run in" in refused.err
+
+
 def test_a_run_killed_after_its_last_checkpoint_gets_its_model(lab: Lab, tmp_path: Path, whole: dict[str, Any]) -> None:
     folders = lab.trained(tmp_path, "--num-seeds", 2)
     for folder in folders:

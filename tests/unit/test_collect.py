@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import csv
 import fcntl
+import gzip
 import hashlib
 import math
 import os
+import re
+import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,14 +25,16 @@ import torch
 from torch import Tensor
 
 import rl_lab
+from rl_lab import checkpoint, offline
 from rl_lab import collect as module
-from rl_lab import offline
-from rl_lab.algorithms import ppo
-from rl_lab.collect import Args, collect, episodes, main, uniform
+from rl_lab.algorithms import dqn, ppo, sac
+from rl_lab.collect import Args, collect, episodes, main, replayed, uniform
 from rl_lab.distributions import Actions
 from rl_lab.envs import make
+from rl_lab.replay import Replay, transitions
 from rl_lab.vector import Step, VectorEnv
 
+ROOT = Path(__file__).parents[2]
 ID = "lab/pendulum/random-v0"
 RANDOM = Args(dataset=ID, env="Pendulum-v1", random=True, steps=800, num_envs=2)
 
@@ -114,6 +122,18 @@ def files(root: Path) -> list[str]:
     return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
 
 
+def assert_that_it_swings(episode: Any) -> None:
+    """Each action and reward of a Pendulum's episode belongs to the observation that it stands beside."""
+    env: Any = gym.make("Pendulum-v1").unwrapped
+    for t in (0, len(episode) // 2, len(episode) - 1):
+        cosine, sine, speed = episode.observations[t].astype(float)
+        env.reset()
+        env.state = np.array([math.atan2(sine, cosine), speed])
+        obs, reward, *_ = env.step(episode.actions[t])
+        np.testing.assert_allclose(episode.observations[t + 1], obs, atol=1e-4)
+        np.testing.assert_allclose(episode.rewards[t], reward, atol=1e-4)
+
+
 WHOLE = [f"{ID}/data/main_data.hdf5", f"{ID}/data/metadata.json"]
 
 
@@ -123,17 +143,10 @@ def test_minari_reads_what_was_played(root: Path) -> None:
     data = recorded(ID)
     assert (data.total_episodes, data.total_steps, data.env_spec.id) == (4, 800, "Pendulum-v1")
     assert [len(episode) for episode in data] == [200] * 4
-    env: Any = gym.make("Pendulum-v1").unwrapped
     for episode in data:
         assert episode.observations.dtype == episode.actions.dtype == np.float32
         assert not episode.terminations.any() and episode.truncations.tolist() == [False] * 199 + [True]
-        for t in (0, 100, 199):  # each action and reward belongs to the observation that it stands beside
-            cosine, sine, speed = episode.observations[t].astype(float)
-            env.reset()
-            env.state = np.array([math.atan2(sine, cosine), speed])
-            obs, reward, *_ = env.step(episode.actions[t])
-            np.testing.assert_allclose(episode.observations[t + 1], obs, atol=1e-4)
-            np.testing.assert_allclose(episode.rewards[t], reward, atol=1e-4)
+        assert_that_it_swings(episode)
     returns = [float(episode.rewards.sum()) for episode in data]
     assert f"return {np.mean(returns):.1f} ± {np.std(returns):.1f}" in line
     assert files(root) == WHOLE
@@ -267,6 +280,151 @@ def test_an_agents_actions_are_sampled_unless_asked(
     assert (recorded(ID)[0].actions == (1.0 if deterministic else 0.5)).all()
 
 
+# --- what a run has learned from --------------------------------------------------------------------------------------
+
+
+def ring(steps: int, capacity: int) -> Replay:
+    """What a replay holds after `steps` steps of `Counting`, `capacity` of them in each of its rows."""
+    env = Counting()
+    replay, obs = Replay(transitions(env), 1, 2, 2 * capacity, 0.99), env.reset()
+    for index in range(steps):
+        actions = torch.tensor([index, index + 1])
+        step = env.step(actions)
+        row = {**step._asdict(), "obs": obs, "actions": actions}
+        replay.add({name: x.unsqueeze(0) for name, x in row.items()})
+        obs = step.obs
+    return replay
+
+
+def test_a_replays_episodes_worked_out_by_hand() -> None:
+    replay = ring(5, 8)
+    columns = replay.state_dict()["columns"]
+    (first, _), (second, cut), (third, whole), (fourth, _) = played = [*replayed(columns, replay.written)]
+    assert [whole for _, whole in played] == [True, False, True, False] and whole and not cut
+    assert first["observations"].tolist() == [[0], [1], [2], [3]]  # the last is the true successor, not 4
+    assert (first["actions"].tolist(), first["rewards"].tolist()) == ([0, 1, 2], [0, 10, 20])
+    assert (first["terminations"].tolist(), first["truncations"].tolist()) == ([False, False, True], [False] * 3)
+    assert second["observations"].tolist() == [[4], [5], [6]]
+    assert (second["actions"].tolist(), second["truncations"].tolist()) == ([3, 4], [False, True])
+    assert third["observations"].tolist() == [[100], [101], [102], [103], [104]]
+    assert third["actions"].tolist() == [1, 2, 3, 4]
+    assert (third["terminations"].any(), third["truncations"].tolist()) == (False, [False, False, False, True])
+    assert fourth["observations"].tolist() == [[105], [106]]
+    assert (fourth["terminations"].any(), fourth["truncations"].tolist()) == (False, [True])
+
+
+def test_a_ring_that_has_come_around_is_put_in_order() -> None:
+    replay = ring(9, 7)  # steps 2 to 8 of 0 to 8 are left
+    played = [*replayed(replay.state_dict()["columns"], replay.written)]
+    steps = [(episode["actions"].tolist(), whole) for episode, whole in played]
+    assert steps[:3] == [([2], False), ([3, 4, 5], True), ([6, 7, 8], True)]  # the first has lost its beginning
+    assert steps[3:] == [([3, 4], False), ([5, 6, 7, 8], True), ([9], False)]
+    assert played[0][0]["observations"].tolist() == [[2], [3]]
+    assert played[0][0]["terminations"].tolist() == [True]
+    assert played[4][0]["observations"].tolist() == [[105], [106], [107], [108], [109]]
+    assert [episode["truncations"][-1] for episode, _ in played] == [False, False, False, True, True, True]
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Run folders of two seeds that learned in two environments each."""
+    args = sac.Args(
+        env="Pendulum-v1", total_timesteps=600, num_seeds=2, num_envs=2, train_frequency=2, log_every=100,
+        learning_starts=590, batch_size=8, buffer_size=600, compile=False, runs_dir=tmp_path_factory.mktemp("runs"),
+    )  # fmt: skip
+    return sac.train(args).logs.folders
+
+
+def test_a_replay_becomes_a_data_set(root: Path, learned: list[Path]) -> None:
+    sets = []
+    for run in learned:
+        line = collect(Args(dataset=ID, replay=run, overwrite=True))
+        assert line.startswith(f"{ID}: 600 steps, 4 episodes, of which 2 cut; whole ones return")
+        data = recorded(ID)
+        sets.append([episode.rewards for episode in data])
+        for episode, length in zip(data, (200, 100, 200, 100), strict=True):
+            assert len(episode) == length and not episode.terminations.any()
+            assert episode.truncations.tolist() == [False] * (length - 1) + [True]
+            assert_that_it_swings(episode)
+        with gzip.open(run / "episodes.csv.gz", "rt") as file:
+            returns = [float(row["episodic_return"]) for row in csv.DictReader(file)]  # in the order of environments
+        np.testing.assert_allclose([sets[-1][0].sum(), sets[-1][2].sum()], returns, rtol=1e-5)
+    assert not np.array_equal(sets[0][0], sets[1][0])
+    assert len(offline.load(ID, env_id="Pendulum-v1")) == 600
+
+
+def test_metadata_say_which_replay(root: Path, learned: list[Path]) -> None:
+    collect(Args(dataset=ID, replay=learned[1], scores=(-1200.0, -150.0)))
+    metadata = recorded(ID).storage.metadata
+    about = metadata["rl_lab"]
+    digest = hashlib.sha256((learned[0] / checkpoint.NAME).read_bytes()).hexdigest()  # of both seeds
+    source = {"kind": "replay", "algo": "sac", "run": learned[1].name, "steps": 600, "sha256": digest}
+    assert (about["policy"], about["actions"]) == (source, "replayed")
+    assert (about["env"], about["seed"], about["num_envs"]) == ("Pendulum-v1", 2, 2)
+    assert metadata["description"] == "600 replayed steps of Pendulum-v1, recorded by rl_lab.collect"
+    assert (metadata["ref_min_score"], metadata["ref_max_score"]) == (-1200.0, -150.0)
+
+
+def test_the_newest_transitions_of_an_unfinished_run(root: Path, tmp_path: Path) -> None:
+    args = dqn.Args(total_timesteps=1_000, learning_starts=900, buffer_size=250, log_every=100, stop_at=600)
+    with pytest.raises(KeyboardInterrupt):
+        dqn.train(replace(args, compile=False, runs_dir=tmp_path / "runs"))
+    (run,) = (tmp_path / "runs").iterdir()
+    with pytest.warns(UserWarning, match="is not finished: this is its checkpoint after iteration 6"):
+        collect(Args(dataset=ID, replay=run))
+    data = recorded(ID)
+    assert (data.total_steps, data.storage.metadata["rl_lab"]["policy"]["steps"]) == (250, 600)
+    first, *others, last = data
+    with gzip.open(run / "episodes.csv.gz", "rt") as file:
+        lengths = [int(row["episodic_length"]) for row in csv.DictReader(file)]
+    assert [len(episode) for episode in others] == lengths[-len(others) :]
+    assert 0 < len(first) <= lengths[-len(others) - 1] and len(last) == 600 - sum(lengths)
+    assert first.terminations[-1] and last.truncations[-1] and not last.terminations.any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 200_000}, "--steps says how to play, and --replay plays nothing: leave it out"),
+        ({"num_envs": 10}, "--num-envs says how to play"),
+        ({"deterministic": True}, "--deterministic says how to play"),
+        ({"seed": 1}, "--seed says how to play"),
+        ({"random": True}, "one of --sb3 ZIP, --run FOLDER, --replay FOLDER and --random"),
+        ({"env": "CartPole-v1"}, "--env CartPole-v1: .* learned Pendulum-v1; leave --env out"),
+    ],
+)
+def test_what_does_not_go_with_a_replay(changes: dict[str, Any], message: str, root: Path, learned: list[Path]) -> None:
+    with pytest.raises(ValueError, match=message):
+        collect(replace(Args(dataset=ID, replay=learned[0]), **changes))
+    assert not root.exists() or files(root) == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda state: state.pop("replay"), "sac keeps no replay; a run of sac, td3 or dqn does"),
+        (lambda state: state["replay"]["columns"].clear(), "in --replay-folder, not in its checkpoint"),
+        (lambda state: state["replay"]["columns"].pop("next_obs"), "keeps frames of stacked images, no transitions"),
+        (lambda state: state["replay"].update(written=0), "is empty, as its checkpoint is of step 0"),
+        (None, "checkpoint.safetensors is missing; .* name a run folder with a complete checkpoint"),
+    ],
+)
+def test_a_run_without_transitions_is_refused(
+    damage: Any, message: str, root: Path, learned: list[Path], tmp_path: Path
+) -> None:
+    runs = shutil.copytree(learned[0].parent, tmp_path / "runs")
+    folder = runs / learned[0].name
+    state = checkpoint.load(folder)
+    for path in folder.glob("checkpoint*"):
+        path.unlink()
+    if damage:
+        damage(state["state"])
+        checkpoint.save(folder, state)
+    with pytest.raises(ValueError, match=message):
+        collect(Args(dataset=ID, replay=runs / learned[1].name))
+    assert files(root) == []
+
+
 # --- whole or not there -----------------------------------------------------------------------------------------------
 
 
@@ -350,10 +508,11 @@ def test_an_unwritable_folder_is_named(root: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"random": False}, "one of --sb3 ZIP, --run FOLDER and --random"),
-        ({"sb3": Path("a.zip")}, "one of --sb3 ZIP, --run FOLDER and --random"),
+        ({"random": False}, "one of --sb3 ZIP, --run FOLDER, --replay FOLDER and --random"),
+        ({"sb3": Path("a.zip")}, "one of --sb3 ZIP, --run FOLDER, --replay FOLDER and --random"),
         ({"env": None}, "--env is missing"),
         ({"steps": 801}, "--steps 801 must be a multiple of --num-envs 2"),
+        ({"steps": 0}, "--steps 0 must be a multiple of --num-envs 2, both at least 1"),
         ({"num_envs": 0}, "--num-envs 0, both at least 1"),
         ({"seed": -1}, "--seed -1 must be 0 or more"),
         ({"deterministic": True}, "--deterministic: random actions are sampled"),
@@ -378,3 +537,42 @@ def test_faults_end_in_one_line(root: Path, capsys: pytest.CaptureFixture[str]) 
     finally:
         signal.signal(signal.SIGTERM, before)
     assert files(root) == []
+
+
+# --- the recipe -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_recipe_makes_what_is_not_there(root: Path, tmp_path: Path) -> None:
+    """All but the training, which has ended; the expert's set is there, and random actions stand for the expert."""
+    args = sac.Args(env="Hopper-v4", total_timesteps=200, learning_starts=190, log_every=100, batch_size=8)
+    args = replace(args, compile=False, runs_dir=tmp_path / "runs/offline")
+    (run,) = sac.train(args).logs.folders
+    script = shutil.copy(ROOT / "runs/make_offline_data.sh", tmp_path / "runs")
+    collect(Args(dataset="lab/hopper/expert-v0", env="Hopper-v4", random=True, steps=30))
+    environment = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "STEPS": "50", "AGENTS": "nowhere"}
+
+    def called(*tasks: str, **more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([script, *tasks], env=environment | more, capture_output=True, text=True)
+
+    made = called("hopper")
+    assert made.returncode == 0, made.stderr
+    rows = re.findall(r"^\| `lab/hopper/([-\w]+)-v0` \| (\d+) \|", made.stdout, re.MULTILINE)
+    steps = {"random": 50, "medium": 50, "expert": 30, "medium-expert": 80, "medium-replay": 200}
+    assert {name: int(count) for name, count in rows} == steps
+    actor = tmp_path / "runs/offline/hopper-medium"
+    obs = torch.linspace(-1, 1, 55).view(5, 11)
+    assert torch.equal(rl_lab.load(actor)(obs), rl_lab.load(run)(obs))
+    assert sum(path.stat().st_size for path in actor.iterdir()) < 1_000_000
+    both = offline.load("lab/hopper/medium-expert-v0")
+    parts = [offline.load(f"lab/hopper/{name}-v0").columns["rewards"] for name in ("medium", "expert")]
+    assert torch.equal(both.columns["rewards"], torch.cat(parts)) and both.scores == (-20.272305, 3234.3)
+
+    before = {path: (root / path).stat().st_mtime_ns for path in files(root)}
+    shutil.rmtree(run)  # what is there needs no training
+    assert called("hopper").stdout.count("is there; remove") == 5
+    assert {path: (root / path).stat().st_mtime_ns for path in files(root)} == before
+    skipped = called("walker2d", SETS="expert medium-expert")
+    assert "there is no nowhere/tqc/Walker2d-v3_1/Walker2d-v3.zip" in skipped.stdout
+    assert "skipped: it takes the medium and the expert set" in skipped.stdout and skipped.returncode == 0
+    assert called("ant").returncode == called("hopper", SETS="expart").returncode == 2

@@ -77,6 +77,7 @@ def test_steps_and_episodes_of_all_ranks_are_logged(run: Path) -> None:
     ("flags", "message"),
     [
         (["--num-envs", "3"], "--num-envs 3 must be a multiple of torchrun's 2 ranks"),
+        (["--until-return", "9", "--eval-every", "64"], "--until-return 9.0 must be left out: torchrun's ranks"),
         (["--resume", "{run}"], "must be left out: a run under torchrun cannot be continued"),
     ],
 )

@@ -307,6 +307,68 @@ def test_a_resumed_run_evaluates_as_the_uninterrupted_one(
         assert learned_the_same(whole, continued)
 
 
+UNTIL = replace(CARTPOLE, until_return=4.0, checkpoint_every=512)
+
+
+@pytest.fixture
+def returns(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, float]]:
+    """What both seeds' episodes return in the evaluations to come: each reaches 4 alone, then both do."""
+    table = [(10.0, 2.0), (1.0, 5.0), (4.0, 4.0), (9.0, 9.0)]
+
+    def scripted(*_: Any, **__: Any) -> tuple[np.ndarray, np.ndarray]:
+        column = np.repeat(table.pop(0), 10)[:, None]
+        return column, column
+
+    monkeypatch.setattr(rl_lab.run, "evaluate", scripted)
+    return table
+
+
+def test_a_run_ends_when_every_seed_returns_enough(
+    returns: list[tuple[float, float]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended = ppo.train(replace(UNTIL, runs_dir=tmp_path))
+    assert "--until-return 4.0: reached at step 3072" in capsys.readouterr().out
+    for folder in ended.logs.folders:
+        assert [step for step, _, _ in logged(folder)] == [1024, 2048, 3072]
+        assert (folder / "model.safetensors").exists()
+    assert checkpoint.load(ended.logs.folders[0])["run"]["iteration"] == 6
+    ppo.train(replace(UNTIL, resume=ended.logs.folders[1]))
+    assert f"{ended.logs.folders[0]} is finished: 3072 steps" in capsys.readouterr().out
+    assert returns == [(9.0, 9.0)]
+
+
+def test_a_run_that_does_not_return_enough_ends_as_always(
+    returns: list[tuple[float, float]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended = ppo.train(replace(UNTIL, runs_dir=tmp_path, until_return=9.5))
+    assert [step for step, _, _ in logged(ended.logs.folders[0])] == [1024, 2048, 3072, 4096]
+    assert "--until-return" not in capsys.readouterr().out
+
+
+def test_a_run_killed_as_it_ends_ends_again(
+    returns: list[tuple[float, float]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(Exception):
+        pass
+
+    def killed(self: Run) -> None:
+        if self.reached:
+            raise Killed  # between the evaluation and its checkpoint: the last one is of step 2560
+        save(self)
+
+    save, before = Run.checkpoint, [*returns]
+    whole = ppo.train(replace(UNTIL, runs_dir=tmp_path / "whole"))
+    returns[:] = before
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Run, "checkpoint", killed)
+        ppo.train(replace(UNTIL, runs_dir=tmp_path / "killed"))
+    returns[:] = before[2:]
+    resumed = ppo.train(replace(UNTIL, resume=folders(tmp_path / "killed")[0]))
+    for one, other in zip(whole.logs.folders, resumed.logs.folders, strict=True):
+        assert logged(one) == logged(other)
+        assert learned_the_same(one, other)
+
+
 @pytest.mark.parametrize("backend", ["native", "gymnasium"])
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "Hopper-v4"])
 def test_evaluation_starts_from_states_of_its_own(env_id: str, backend: str) -> None:

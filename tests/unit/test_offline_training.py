@@ -279,6 +279,7 @@ def test_divergence_stops_with_its_cause(lucky: Lucky, tmp_path: Path, monkeypat
     [
         (bc, {"dataset": ""}, "--dataset  must be a Minari id or a path"),
         (bc, {"total_timesteps": 1500}, "--total-timesteps 1500 must be a multiple of --log-every 1000"),
+        (bc, {"until_return": 5.0, "eval_every": 10}, "--until-return 5.0 must be left out: to end by what is played"),
         (bc, {"fraction": 0.0}, "--fraction 0.0 must be above 0 and at most 1"),
         (bc, {"fraction": 1.5}, "--fraction 1.5 must be above 0 and at most 1"),
         (iql, {"expectile": 1.0}, "--expectile 1.0 must be between 0 and 1"),

@@ -8,8 +8,8 @@ RUN := .venv/bin/python -m
 ppo: .venv/base  ## extra flags by ARGS, as in: make ppo ARGS="--num-seeds 10"
 	$(RUN) rl_lab.ppo --env HalfCheetah-v4 $(ARGS)
 
-# Tests run on as many cores as there are, up to four; those of a file share a core, and what was compiled for it.
-PYTEST := OMP_NUM_THREADS=1 $(RUN) pytest -n auto --maxprocesses 4 --dist loadfile
+# On as many cores as there are, up to four. The tests of a file share one; files keep their order, the longest first.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: .venv/dev  ## everything, slow tests included; ARGS go to pytest
 	$(PYTEST) $(ARGS)

@@ -68,7 +68,8 @@ def contenders(algo: str, flags: Flags, steps: int, mark: int, folder: Path) -> 
     found = [race.Contender("rl_lab", ours, race.ROOT, mark)]
     if flags.d3rlpy_python:
         peer = str(Path(__file__).with_name("d3rlpy_peer.py"))
-        command = [str(flags.d3rlpy_python.absolute()), peer, algo, str(data), str(steps), str(mark)]
+        python = [str(flags.d3rlpy_python.absolute()), "-P"]  # or profile.py beside it would stand for Python's own
+        command = [*python, peer, algo, str(data), str(steps), str(mark)]
         found.append(race.Contender("d3rlpy", command, folder, mark))
     if flags.num_seeds > 1:
         many = [*ours, "--seed", "101", "--num-seeds", str(flags.num_seeds)]  # run folders of its own
@@ -120,7 +121,10 @@ def main() -> None:
     flags = tyro.cli(Flags, description=__doc__)
     if unknown := set(flags.algorithms) - set(ALGORITHMS):
         raise SystemExit(f"--algorithms {' '.join(sorted(unknown))}: known are {' '.join(ALGORITHMS)}")
-    report = measure(flags)
+    try:
+        report = measure(flags)
+    except RuntimeError as error:
+        raise SystemExit(f"error: {error}") from None
     publish(report, [table(report)], ("versions", "d3rlpy", "machine"), flags.save, 140)
 
 

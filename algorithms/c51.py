@@ -34,7 +34,7 @@ from rl_lab.distributions import Actions, of_action, project
 from rl_lab.envs import make
 from rl_lab.networks import Params, flat_size, init_nature_cnn, init_uniform, is_image, mlp, nature_cnn, stack
 from rl_lab.offpolicy import OffPolicyArgs
-from rl_lab.optim import AdamState, adam, in_bf16, init_adam
+from rl_lab.optim import AdamState, adam, fast_bf16, in_bf16, init_adam
 from rl_lab.replay import Batch, draw_uniform
 from rl_lab.rollout import Collector, Inputs, concatenate, contiguous, on_device, over_seeds
 from rl_lab.run import Run
@@ -68,7 +68,7 @@ class Args(OffPolicyArgs):
 IMAGES = Args(
     env="BreakoutNoFrameskip-v4", total_timesteps=10_000_000, n_atoms=51, v_min=-10, v_max=10, buffer_size=1_000_000,
     target_network_frequency=10_000, batch_size=32, end_e=0.01, exploration_fraction=0.1, learning_starts=80_000,
-    train_frequency=4, bf16=True, checkpoint_every=1_000_000,
+    train_frequency=4, checkpoint_every=1_000_000,
 )  # fmt: skip
 
 
@@ -205,7 +205,7 @@ def policy(params: Params, normalizer: Any, inputs: Inputs, noise: Tensor | None
 def defaults(env_id: str) -> Args:
     """CleanRL's hyper-parameters for `env_id`."""
     images = is_image(make(env_id, seeds=(0,), num_envs=1).observation_space)
-    return replace(IMAGES if images else Args(), env=env_id)
+    return replace(IMAGES, env=env_id, bf16=fast_bf16()) if images else Args(env=env_id)
 
 
 def main() -> None:

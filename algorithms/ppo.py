@@ -39,7 +39,7 @@ from rl_lab.distributions import Actions, Outputs, draw_noise, logprob_and_entro
 from rl_lab.envs import make
 from rl_lab.networks import Params, flat_size, init_mlp, init_nature_cnn, is_image, mlp, nature_cnn, pack, stack, unpack
 from rl_lab.normalize import observe, standardize
-from rl_lab.optim import AdamState, adam, clip_gradients, in_bf16, init_adam
+from rl_lab.optim import AdamState, adam, clip_gradients, fast_bf16, in_bf16, init_adam
 from rl_lab.returns import explained_variance, gae
 from rl_lab.rollout import Collector, Inputs, Rollout, contiguous, draw_shuffles, on_device, over_seeds, split_seeds
 from rl_lab.run import Run
@@ -88,7 +88,7 @@ class Args(RunArgs):
         return self.total_timesteps // (self.num_envs * self.num_steps)
 
 
-IMAGES = Args(env="BreakoutNoFrameskip-v4", total_timesteps=10_000_000, num_envs=8, clip_coef=0.1, bf16=True)
+IMAGES = Args(env="BreakoutNoFrameskip-v4", total_timesteps=10_000_000, num_envs=8, clip_coef=0.1)
 BOX = Args(
     env="HalfCheetah-v4", total_timesteps=1_000_000, learning_rate=3e-4, num_envs=1, num_steps=2048,
     num_minibatches=32, update_epochs=10, ent_coef=0.0, normalize=True,
@@ -292,8 +292,8 @@ def policy(params: Params, normalizer: Any, inputs: Inputs, noise: Tensor | None
 def defaults(env_id: str) -> Args:
     """CleanRL's hyper-parameters for the spaces of `env_id`."""
     env = make(env_id, seeds=(0,), num_envs=1)
-    args = IMAGES if is_image(env.observation_space) else BOX if Actions.of(env.action_space).low else Args()
-    return replace(args, env=env_id)
+    images, box = is_image(env.observation_space), bool(Actions.of(env.action_space).low)
+    return replace(replace(IMAGES, bf16=fast_bf16()) if images else BOX if box else Args(), env=env_id)
 
 
 def main() -> None:

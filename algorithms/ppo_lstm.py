@@ -34,7 +34,7 @@ from rl_lab.compiler import Compiled, scan
 from rl_lab.distributions import Actions, Outputs, draw_noise, logprob_and_entropy, sample
 from rl_lab.envs import make
 from rl_lab.networks import Params, flat_size, init_lstm, init_mlp, is_image, lstm, lstm_step, mlp, pack, stack, unpack
-from rl_lab.optim import AdamState, adam, clip_gradients, in_bf16, init_adam
+from rl_lab.optim import AdamState, adam, clip_gradients, fast_bf16, in_bf16, init_adam
 from rl_lab.returns import explained_variance, gae
 from rl_lab.rollout import Collector, Inputs, Rollout, contiguous, draw_shuffles, on_device, over_seeds, split_seeds
 from rl_lab.run import Run
@@ -290,9 +290,9 @@ def policy(params: Params, _: Any, inputs: Inputs, noise: Tensor | None, actions
 
 
 def defaults(env_id: str) -> Args:
-    """The hyper-parameters for `env_id`; bfloat16 for images."""
+    """The hyper-parameters for `env_id`."""
     space = make(env_id, seeds=(0,), num_envs=1).observation_space
-    return Args() if env_id == Args.env else replace(CLEANRL, env=env_id, bf16=is_image(space))
+    return Args() if env_id == Args.env else replace(CLEANRL, env=env_id, bf16=is_image(space) and fast_bf16())
 
 
 def main() -> None:

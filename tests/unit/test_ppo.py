@@ -22,7 +22,7 @@ from rl_lab.algorithms import ppo
 from rl_lab.algorithms.ppo import Args
 from rl_lab.distributions import Actions, draw_noise, logprob_and_entropy
 from rl_lab.networks import Params, mlp, pack
-from rl_lab.optim import init_adam
+from rl_lab.optim import fast_bf16, init_adam
 from rl_lab.rollout import Inputs, Rollout, draw_shuffles
 from rl_lab.vector import TensorEnv
 
@@ -482,7 +482,7 @@ def test_defaults_of_images() -> None:
     images = ppo.defaults("PongNoFrameskip-v4")
     assert (images.env, images.num_envs, images.num_steps, images.clip_coef) == ("PongNoFrameskip-v4", 8, 128, 0.1)
     assert (images.total_timesteps, images.learning_rate, images.ent_coef) == (10_000_000, 2.5e-4, 0.01)
-    assert (images.bf16, images.normalize) == (True, False)
+    assert (images.bf16, images.normalize) == (fast_bf16(), False)
 
 
 def test_flags_that_do_not_fit_the_observations() -> None:

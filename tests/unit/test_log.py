@@ -73,7 +73,8 @@ def test_run_name() -> None:
     assert run_name("ALE/Breakout-v5", "ppo", 3, 1700000000) == "ALE-Breakout-v5__ppo__3__1700000000"
 
 
-def test_folders_and_config(tmp_path: Path) -> None:
+def test_folders_and_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "orig_argv", ["/somewhere/bin/python", "-m", "rl_lab.ppo", "--env", "a b"])
     log = make(tmp_path, (4, 5))
     created = log.config["created"]
     names = [f"CartPole-v1__ppo__{seed}__{created}" for seed in (4, 5)]
@@ -89,7 +90,7 @@ def test_folders_and_config(tmp_path: Path) -> None:
         assert config["env"] == "CartPole-v1" and config["algo"] == "ppo" and config["learning_rate"] == 0.001
         assert config["seed"] == seed and config["seeds"] == [4, 5] and config["group"] == names
         assert config["versions"]["numpy"] == np.__version__ and "python" in config["versions"]
-        assert "pytest" in config["command"] and sys.executable not in config["command"]
+        assert config["command"] == "python -m rl_lab.ppo --env 'a b'"
         assert set(config["hardware"]) == {"machine", "cpu", "cores", "gpu"} and "git_commit" in config
         assert rows(folder) == HEADER
     assert log.config["seed"] == 4

@@ -89,7 +89,7 @@ def gaussian(actor: Params, obs: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sample(actor: Params, obs: Tensor, noise: Tensor, actions: Actions) -> tuple[Tensor, Tensor]:
-    """Actions (B, *shape) by the policy, and their log-probabilities (B,) [appendix C]; noise (B, A) standard normal."""
+    """Actions (B, *shape) by the policy and their log-probabilities (B,) [appendix C]; noise (B, A) standard normal."""
     return squashed_sample(*gaussian(actor, obs), noise, actions)
 
 

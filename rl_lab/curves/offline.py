@@ -30,7 +30,6 @@ from rl_lab.curves import plot, statistics, store
 from rl_lab.curves.compare import Equivalence, declared_margin, equivalence, in_units
 from rl_lab.curves.statistics import Floats
 from rl_lab.curves.summary import RESULTS, insert, interval, keep
-from rl_lab.offline import normalized
 
 NAMES = {"bc": "BC", "td3_bc": "TD3+BC", "iql": "IQL", "cql": "CQL"}
 FOLDER = RESULTS / "offline"
@@ -55,8 +54,8 @@ class Cell:
 def last_scores(path: Path, note: dict[str, Any]) -> Floats:
     """(R,) the normalized score of each seed's last 100 episodes."""
     returns = np.array([statistics.final_score(run.returns) for run in store.load(path)])
-    scores: Floats = np.array([normalized(float(x), note["data"]["scores"]) for x in returns])
-    return scores
+    random, expert = note["data"]["scores"]
+    return 100 * (returns - random) / (expert - random)
 
 
 def judge_all(folder: Path) -> dict[str, dict[str, Cell]]:

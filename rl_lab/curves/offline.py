@@ -54,7 +54,7 @@ class Cell:
 def last_scores(path: Path, note: dict[str, Any]) -> Floats:
     """(R,) the normalized score of each seed's last 100 episodes."""
     returns = np.array([statistics.final_score(run.returns) for run in store.load(path)])
-    random, expert = note["data"]["scores"]
+    random, expert = map(float, note["data"]["scores"])
     return 100 * (returns - random) / (expert - random)
 
 

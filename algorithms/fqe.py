@@ -58,8 +58,8 @@ class Args(OfflineArgs):
     total_timesteps: int = 200_000  # gradient steps
     learning_rate: float = 1e-4  # of Adam
     target_network_frequency: int = 100  # gradient steps between copies to the target network
-    eval_every: int = 1_000  # gradient steps between estimates; 0 for the last only
-    eval_episodes: int = 100  # episodes of the policy to set beside the estimate; 0 where it may not be played
+    eval_every: int = 1_000
+    """gradient steps between estimates; 0 for the last only"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -157,7 +157,7 @@ def checksum(policy: Any) -> str:
 def require_fit(args: Args, policy: Any, data: Dataset, env: VectorEnv) -> None:
     """Raise a ValueError unless the policy acts in the data's environment, and on the observation alone."""
     if policy.env_id != args.env:
-        way = f"a run of {args.env} works, or --env {policy.env_id} if the data are as good as of that"
+        way = f"a run of {args.env} works, or --env {policy.env_id} where the difference does not matter"
         raise ValueError(f"--policy {args.policy} learned {policy.env_id}, not {args.env}; {way}")
     data.require_env(args.env, policy.observation_space, policy.action_space)
     env.reset()

@@ -158,20 +158,29 @@ def test_played_returns_by_hand() -> None:
     lengths = evaluate(lambda x: Walker("CartPole-v1")(x["obs"]), make("CartPole-v1", (3,), 20), 1)[1]
     assert plain.tolist() == lengths.squeeze(1).tolist() and len(set(plain.tolist())) > 1
     torch.testing.assert_close(discounted, (1 - 0.9**plain) / 0.1)
+    undiscounted, plain = fqe.play(Walker("Pendulum-v1"), make("Pendulum-v1", (3,), 2), 1.0)  # cut by time
+    returns = evaluate(lambda x: Walker("Pendulum-v1")(x["obs"]), make("Pendulum-v1", (3,), 2), 1)[0]
+    assert plain.tolist() == undiscounted.tolist() == pytest.approx(returns.squeeze(1).tolist())
 
 
 def test_the_target_network_is_a_copy_of_some_steps_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    use(monkeypatch, chain("CartPole-v1", 40)[0])
+    """A copy after the steps 3 and 6; the estimate is the critic's all the same."""
+    data, policy = chain("CartPole-v1", 40)[0], Walker("CartPole-v1")
+    use(monkeypatch, data)
 
-    def after(steps: int) -> dict[str, Any]:
+    def after(steps: int) -> fqe.Evaluation:
         flags = {"total_timesteps": steps, "log_every": 1, "target_network_frequency": 3, "batch_size": 8}
-        return fqe.train(settings(tmp_path / str(steps), **flags), Walker("CartPole-v1")).state()
+        return fqe.train(settings(tmp_path / str(steps), **flags), policy)
 
-    first, second, third, seventh = (after(steps) for steps in (2, 3, 6, 7))
+    runs = [after(steps) for steps in (2, 3, 6, 7)]
+    second, third, sixth, seventh = (run.state() for run in runs)
     for name, p in seventh["target"].items():
-        assert torch.equal(p, third["params"][name]) and torch.equal(p, third["target"][name])
-        assert not torch.equal(p, seventh["params"][name]) and not torch.equal(p, second["target"][name])
-        assert not torch.equal(first["target"][name], first["params"][name])
+        assert torch.equal(p, sixth["params"][name]) and torch.equal(p, sixth["target"][name])
+        assert not torch.equal(p, seventh["params"][name]) and not torch.equal(p, third["target"][name])
+        assert not torch.equal(second["target"][name], second["params"][name])
+    critic, first = {name: p[0] for name, p in seventh["params"].items()}, data.columns["obs"][fqe.first_steps(data)]
+    value = fqe.q_values(critic, first, policy(first), DISCRETE).mean().item()
+    assert runs[-1].results[0]["estimate"]["mean"] == pytest.approx(value, rel=1e-5)
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,7 +53,6 @@ class OfflineArgs(RunArgs):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require("dataset", bool(self.dataset), "a Minari id or a path")
         self.require("until_return", self.until_return is None, "left out: to end by what is played is to choose by it")
         whole = self.total_timesteps % self.log_every == 0
         self.require("total_timesteps", whole, f"a multiple of --log-every {self.log_every}")
@@ -68,6 +67,7 @@ A = TypeVar("A", bound=OfflineArgs)
 
 def open_dataset(args: A) -> tuple[A, Dataset]:
     """The data set that the flags name, and the flags with its environment's id."""
+    args.require("dataset", bool(args.dataset), "a Minari id or a path")
     data = load(args.dataset, args.scores, args.env or None)
     for note in data.notes:
         print(note)

@@ -424,7 +424,6 @@ def test_discrete_actions_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"dataset": ""}, "--dataset  must be a Minari id or a path"),
         ({"cql_alpha": -1.0}, "--cql-alpha -1.0 must be finite and 0 or more"),
         ({"alpha": 0.0}, "--alpha 0.0 must be finite and above 0"),
         ({"policy_lr": 0.0}, "--policy-lr 0.0 must be finite and above 0"),

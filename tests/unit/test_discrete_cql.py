@@ -221,7 +221,6 @@ def test_continuous_actions_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_pat
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"dataset": ""}, "--dataset  must be a Minari id or a path"),
         ({"cql_alpha": -1.0}, "--cql-alpha -1.0 must be finite and 0 or more"),
         ({"learning_rate": 0.0}, "--learning-rate 0.0 must be finite and above 0"),
         ({"target_network_frequency": 0}, "--target-network-frequency 0 must be at least 1"),

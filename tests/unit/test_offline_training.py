@@ -22,7 +22,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 import rl_lab
-from rl_lab.algorithms import bc, iql, td3_bc
+from rl_lab import cli
+from rl_lab.algorithms import bc, cql, discrete_cql, iql, td3_bc
 from rl_lab.cli import Stopped
 from rl_lab.curves import store
 from rl_lab.distributions import Actions, scaled, unscaled
@@ -31,6 +32,7 @@ from rl_lab.offline_training import standardize, standardized
 
 Lucky = Callable[..., Dataset]
 ALGORITHMS = [bc, iql, td3_bc]
+EVERY = [*ALGORITHMS, cql, discrete_cql]
 EACH = pytest.mark.parametrize("algorithm", ALGORITHMS, ids=[a.__name__.rpartition(".")[2] for a in ALGORITHMS])
 SHORT = {"total_timesteps": 60, "log_every": 20, "batch_size": 8, "eval_every": 20, "eval_episodes": 3}
 
@@ -274,10 +276,20 @@ def test_divergence_stops_with_its_cause(lucky: Lucky, tmp_path: Path, monkeypat
     assert json.loads((folder / "config.json").read_text())["algo"] == "td3_bc"  # the run is there to be looked at
 
 
+@pytest.mark.parametrize("algorithm", EVERY, ids=[a.__name__.rpartition(".")[2] for a in EVERY])
+def test_flags_come_in_any_company(algorithm: ModuleType, tmp_path: Path) -> None:
+    """Guards against defaults of an environment that want a data set, and against no flags at all."""
+    args = cli.parse(["--env", "Hopper-v4", "--dataset", "x"], algorithm.Args, algorithm.defaults)
+    assert (args.env, args.dataset) == ("Hopper-v4", "x")
+    args = replace(cli.parse([], algorithm.Args, algorithm.defaults), runs_dir=tmp_path)
+    with pytest.raises(ValueError, match="--dataset  must be a Minari id or a path"):
+        algorithm.train(args)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("algorithm", "flags", "message"),
     [
-        (bc, {"dataset": ""}, "--dataset  must be a Minari id or a path"),
         (bc, {"total_timesteps": 1500}, "--total-timesteps 1500 must be a multiple of --log-every 1000"),
         (bc, {"until_return": 5.0, "eval_every": 10}, "--until-return 5.0 must be left out: to end by what is played"),
         (bc, {"fraction": 0.0}, "--fraction 0.0 must be above 0 and at most 1"),

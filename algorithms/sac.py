@@ -25,13 +25,12 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 
 from rl_lab.cli import run
 from rl_lab.compiler import Compiled
-from rl_lab.distributions import Actions, draw_noise, scaled
+from rl_lab.distributions import Actions, draw_noise, scaled, squashed_sample
 from rl_lab.envs import make
 from rl_lab.networks import Params, flat_size, init_uniform, mlp, polyak, q_values, stack
 from rl_lab.offpolicy import OffPolicyArgs
@@ -90,21 +89,8 @@ def gaussian(actor: Params, obs: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sample(actor: Params, obs: Tensor, noise: Tensor, actions: Actions) -> tuple[Tensor, Tensor]:
-    """Actions (B, *shape) by the policy, and their log-probabilities (B,).
-
-    log pi(a|s) = log N(x; mean, std) - sum_i log(scale_i * (1 - tanh(x_i)^2)), x = mean + std * noise    [appendix C]
-
-    with 1 - tanh(x)^2 = 4 / (exp(x) + exp(-x))^2, so that its logarithm is 2 * (log 2 - x - softplus(-2x)).
-
-    Args:
-        noise: (B, A) standard normal.
-    """
-    mean, logstd = gaussian(actor, obs)
-    x = mean + logstd.exp() * noise
-    normal = -0.5 * noise.square() - logstd - 0.5 * math.log(2 * math.pi)
-    squash = 2 * (math.log(2) - x - F.softplus(-2 * x))
-    scale = sum(math.log((high - low) / 2) for low, high in zip(actions.low, actions.high, strict=True))
-    return scaled(x.tanh(), actions), (normal - squash).sum(1) - scale
+    """Actions (B, *shape) by the policy and their log-probabilities (B,) [appendix C]; noise (B, A) standard normal."""
+    return squashed_sample(*gaussian(actor, obs), noise, actions)
 
 
 def act(explorer: dict[str, Any], inputs: Inputs, noise: Tensor, actions: Actions) -> tuple[Tensor, Tensor]:

@@ -66,6 +66,25 @@ def unscaled(taken: Tensor, actions: Actions) -> Tensor:
     return torch.stack([(2 * x - high - low) / (high - low) for x, low, high in columns], 1)
 
 
+def squashed_sample(mean: Tensor, logstd: Tensor, noise: Tensor, actions: Actions) -> tuple[Tensor, Tensor]:
+    """Actions (B, *shape) of a Gaussian squashed into the bounds of a Box, and their log-probabilities (B,).
+
+    log pi(a|s) = log N(x; mean, std) - sum_i log(scale_i * (1 - tanh(x_i)^2)), x = mean + std * noise
+
+    Haarnoja et al. 2018, Soft actor-critic algorithms and applications, arXiv:1812.05905, appendix C, with
+    1 - tanh(x)^2 = 4 / (exp(x) + exp(-x))^2, so that its logarithm is 2 * (log 2 - x - softplus(-2x)).
+
+    Args:
+        mean, logstd: (B, A) before squashing.
+        noise: (B, A) standard normal.
+    """
+    x = mean + logstd.exp() * noise
+    normal = -0.5 * noise.square() - logstd - 0.5 * math.log(2 * math.pi)
+    squash = 2 * (math.log(2) - x - F.softplus(-2 * x))
+    scale = sum(math.log((high - low) / 2) for low, high in zip(actions.low, actions.high, strict=True))
+    return scaled(x.tanh(), actions), (normal - squash).sum(1) - scale
+
+
 def sample(outputs: Outputs, noise: Tensor | None, actions: Actions) -> tuple[Tensor, Tensor]:
     """Sample actions, or take the likeliest where `noise` is None.
 

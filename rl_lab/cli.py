@@ -258,7 +258,7 @@ def _parse(argv: Sequence[str], args_type: type[RunArgs], default: Any) -> RunAr
 
 def _given(argv: Sequence[str], flag: str) -> str | None:
     """The value of `flag` on a command line, before it is parsed."""
-    for word, value in zip(argv, [*argv[1:], None], strict=False):  # of no words there is one value
+    for word, value in zip(argv, [*argv[1:], None], strict=False):  # an empty line has no words, but the None
         if word == flag:
             return value
         if word.startswith(flag + "="):

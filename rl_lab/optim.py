@@ -20,7 +20,7 @@ def init_adam(params: Params) -> AdamState:
 
 
 def fast_bf16() -> bool:
-    """Whether bfloat16 is multiplied in hardware here; elsewhere it takes ten times as long as float32."""
+    """Whether bfloat16 is multiplied in hardware here; elsewhere it is emulated, and much slower than float32."""
     if torch.cuda.is_available():
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu.get_capabilities().get("avx512_bf16", False))

@@ -62,18 +62,16 @@ def judge_all(folder: Path) -> dict[str, dict[str, Cell]]:
     """Every result kept, by data set and algorithm."""
     found: dict[str, dict[str, Cell]] = {}
     for data in sorted(path for path in folder.iterdir() if path.is_dir()):
-        notes = {path: store.provenance(path) for path in sorted(data.glob("*__*.csv.gz"))}
-        scores = {note["algo"]: last_scores(path, note) for path, note in notes.items()}
-        row = {}
-        for algo in NAMES:
-            for note in (note for note in notes.values() if note["algo"] == algo):
-                test = None
-                if algo != "bc" and "bc" in scores:
-                    margin = in_units(declared_margin(note["env"], None)[0], scores["bc"])
-                    rng = np.random.default_rng(0)
-                    test = equivalence("normalized score", scores[algo], scores["bc"], margin, rng)
-                row[algo] = Cell(scores[algo], note["total_timesteps"], test)
-        found[data.name] = row
+        kept = {path: store.provenance(path) for path in sorted(data.glob("*__*.csv.gz"))}
+        notes = {note["algo"]: note for note in kept.values()}
+        scores = {note["algo"]: last_scores(path, note) for path, note in kept.items()}
+        found[data.name] = {}
+        for algo in (algo for algo in NAMES if algo in scores):
+            test = None
+            if algo != "bc" and "bc" in scores:
+                margin = in_units(declared_margin(notes[algo]["env"], None)[0], scores["bc"])
+                test = equivalence("normalized score", scores[algo], scores["bc"], margin, np.random.default_rng(0))
+            found[data.name][algo] = Cell(scores[algo], notes[algo]["total_timesteps"], test)
     return found
 
 
@@ -137,9 +135,14 @@ def main(runs: tyro.conf.Positional[tuple[Path, ...]] = ()) -> None:
     try:
         if runs:
             loaded = [run for path in runs for run in store.load(path)]
-            if "data" not in loaded[0].config:
+            algo, data = loaded[0].algo, loaded[0].config.get("data")
+            if data is None:
                 raise ValueError(f"{runs[0]} has not learned from a data set; rl_lab.curves.summary keeps others")
-            name = str(loaded[0].config["data"]["name"]).strip("./~").removesuffix(".hdf5").replace("/", "-")
+            if algo not in NAMES:
+                raise ValueError(f"{runs[0]} is of {algo}; the table has {', '.join(NAMES)}")
+            if data["scores"] is None:
+                raise ValueError(f"{runs[0]} has no reference scores: train with --scores RANDOM EXPERT")
+            name = str(data["name"]).strip("./~").removesuffix(".hdf5").replace("/", "-")
             print(keep(loaded, FOLDER / name))
         if not FOLDER.is_dir():
             raise ValueError(f"{FOLDER} keeps no results: name run folders")

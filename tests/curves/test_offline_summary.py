@@ -63,9 +63,19 @@ def test_other_runs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         offline.main()
     run = tmp_path / "CartPole-v1__ppo__1__1"
     run.mkdir()
-    config = {"env": "CartPole-v1", "algo": "ppo", "seed": 1, "total_timesteps": 10}
-    (run / "config.json").write_text(json.dumps(config))
     rows = b"global_step,episodic_return,episodic_length\n10,1.0,1\n"
     (run / "episodes.csv.gz").write_bytes(gzip.compress(rows))
-    with pytest.raises(SystemExit, match="has not learned from a data set"):
-        offline.main((run,))
+    config = {"env": "CartPole-v1", "algo": "ppo", "seed": 1, "total_timesteps": 10}
+    unscored = {"name": "x", "scores": None}
+    for more, message in (
+        ({}, "has not learned from a data set"),
+        (
+            {"algo": "discrete_cql", "data": {"name": "x", "scores": SCORES}},
+            "is of discrete_cql; the table has bc, td3_bc",
+        ),
+        ({"algo": "iql", "data": unscored}, "has no reference scores: train with --scores RANDOM EXPERT"),
+    ):
+        (run / "config.json").write_text(json.dumps(config | more))
+        with pytest.raises(SystemExit, match=message):
+            offline.main((run,))
+    assert not (tmp_path / "runs").exists()

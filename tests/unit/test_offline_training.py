@@ -40,7 +40,7 @@ SHORT = {"total_timesteps": 60, "log_every": 20, "batch_size": 8, "eval_every": 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Networks as small as the tasks."""
-    for algorithm in ALGORITHMS:
+    for algorithm in EVERY:
         monkeypatch.setattr(algorithm, "HIDDEN", (32, 32))
 
 
@@ -97,6 +97,21 @@ def test_a_seed_alone_and_among_others(algorithm: ModuleType, lucky: Lucky, tmp_
     for name, x in alone.items():
         torch.testing.assert_close(x, second[name], rtol=0, atol=1e-6)
     assert any((first[name] - x).abs().max() > 1e-3 for name, x in alone.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", [iql, td3_bc, cql], ids=["iql", "td3_bc", "cql"])
+def test_compiled_equals_eager(algorithm: ModuleType, lucky: Lucky, tmp_path: Path) -> None:
+    """Guards what users run, which is compiled: two agents after five gradient steps."""
+    lucky(200)
+    found = []
+    for compile in (False, True):
+        flags = {"total_timesteps": 5, "log_every": 5, "eval_every": 0, "eval_episodes": 0, "num_seeds": 2}
+        run = algorithm.train(arguments(algorithm, tmp_path / str(compile), compile=compile, **flags))
+        found.append(models(run.logs.folders))
+    for eager, compiled in zip(*found, strict=True):
+        for name, x in eager.items():
+            torch.testing.assert_close(compiled[name], x, rtol=0, atol=1e-5, msg=name)
 
 
 @EACH

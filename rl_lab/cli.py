@@ -1,6 +1,7 @@
 """One way to parse, validate, seed and run: every training command is `run(train, Args, defaults)`.
 
-`RunArgs` holds the flags that all algorithms share; an algorithm's frozen `Args` extends it.
+`BaseArgs` holds the flags that all training commands share, `RunArgs` also those of the ones that have an environment;
+an algorithm's frozen `Args` extends either.
 """
 
 from __future__ import annotations
@@ -40,44 +41,29 @@ _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {  # of settings that 
 }
 
 
-@dataclass(frozen=True)
-class RunArgs:
-    """Flags of every training command."""
+@dataclass(frozen=True, kw_only=True)
+class BaseArgs:
+    """Flags of every training command. Steps are env steps of one seed, or gradient steps where nothing is played."""
 
-    env: str
-    """environment id of Gymnasium"""
-    total_timesteps: int
-    """env steps of one seed, over all its environments"""
     seed: int = 1
     """seed of the first agent"""
-    num_seeds: int = 1
-    """agents trained side by side in this process, with seeds seed, seed + 1, ...; each gets a run folder"""
-    backend: Literal["auto", "native", "gymnasium", "mujoco-warp"] = "auto"
-    """implementation of the environment: auto takes the native batched one where there is one, mujoco-warp simulates
-    MuJoCo's on the device"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes cuda where the machine has it"""
-    compile: bool = True
-    """compile with AOTInductor; --no-compile is for debugging"""
     torch_threads: int = 1
     """CPU threads of torch; one is fastest for small networks"""
-    env_threads: int = 1
-    """CPU threads that step native MuJoCo environments"""
-    sticky_actions: float = 0.0
-    """probability that a native Atari game repeats the frame before's action, whatever the agent chose"""
     runs_dir: Path = Path("runs")
     """where run folders are made"""
     checkpoint_every: int = 100_000
-    """env steps of one seed between checkpoints; 0 for the first and last only"""
+    """steps between checkpoints; 0 for the first and last only"""
     eval_every: int = 0
-    """env steps of one seed between evaluations of 10 episodes, logged as eval/episodic_return; 0 for none"""
-    until_return: float | None = None
-    """end the run, as finished, after the first evaluation at which every seed's mean return is at least this"""
+    """steps between evaluations; 0 for none"""
     stop_at: int = 0
-    """env step of one seed to stop at, checkpointed; --resume goes on from there; 0 for the end"""
+    """step to stop at, checkpointed; --resume goes on from there; 0 for the end"""
     resume: Path | None = None
     """run folder to continue; its flags hold, and those given must agree with them, but for --checkpoint-every, and a
     larger --total-timesteps where nothing is annealed, which prolongs the run"""
+
+    may_be_zero: ClassVar[set[str]] = {"seed", "checkpoint_every", "eval_every", "stop_at"}
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -87,10 +73,8 @@ class RunArgs:
             elif field.name in _RANGES and (value := getattr(self, field.name)) is not None:
                 wanted, valid = _RANGES[field.name]
                 self.require(field.name, valid(value), wanted)
-        judged = self.until_return is None or (math.isfinite(self.until_return) and self.eval_every > 0)
-        self.require("until_return", judged, "finite, with --eval-every above 0")
-        self.require("stop_at", self.stop_at <= self.total_timesteps, f"at most {self.total_timesteps}, the whole run")
-        self.require("seed", self.seed + self.num_seeds <= 2**63, "below 2**63, the last one too")
+        self.require("stop_at", self.stop_at <= self.total_steps, f"at most {self.total_steps}, the whole run")
+        self.require("seed", self.seed + len(self.seeds) <= 2**63, "below 2**63, the last one too")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: torch finds no CUDA device here; --device cpu works")
 
@@ -98,6 +82,75 @@ class RunArgs:
         """Raise a ValueError that names the flag of `field`, what was given and what would work, unless it is valid."""
         if not valid:
             raise ValueError(f"{flag(field)} {getattr(self, field)} must be {wanted}")
+
+    @property
+    def name(self) -> str:
+        """What is trained on, or what is trained: the first part of a run folder's name."""
+        raise NotImplementedError
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of one seed in the whole run."""
+        raise NotImplementedError
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        return (self.seed,)
+
+    @property
+    def torch_device(self) -> torch.device:
+        cuda = self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available())
+        return torch.device("cuda" if cuda else "cpu")
+
+    @property
+    def annealed(self) -> bool:
+        """Whether anything is scheduled over the whole run, so that it cannot be prolonged."""
+        return True
+
+    def generators(self, rank: int) -> list[torch.Generator]:
+        """One a seed for the agents, independent of the environments', which start from the seeds themselves."""
+        keys = [(seed, 1, rank) if rank else (seed, 1) for seed in self.seeds]
+        states = [np.random.SeedSequence(key).generate_state(1, np.uint64)[0] for key in keys]
+        return [torch.Generator(self.torch_device).manual_seed(int(state)) for state in states]
+
+    def algorithm_fields(self) -> tuple[tuple[str, Any], ...]:
+        """The fields that an algorithm adds."""
+        shared = {field.name for base in (BaseArgs, RunArgs) for field in dataclasses.fields(base)}
+        return tuple((f.name, getattr(self, f.name)) for f in dataclasses.fields(self) if f.name not in shared)
+
+    def to_json(self) -> dict[str, Any]:
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _ONE_PROCESS}
+        return {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunArgs(BaseArgs):
+    """Flags of every training command with an environment."""
+
+    env: str
+    """environment id of Gymnasium"""
+    total_timesteps: int
+    """env steps of one seed, over all its environments"""
+    num_seeds: int = 1
+    """agents trained side by side in this process, with seeds seed, seed + 1, ...; each gets a run folder"""
+    backend: Literal["auto", "native", "gymnasium", "mujoco-warp"] = "auto"
+    """implementation of the environment: auto takes the native batched one where there is one, mujoco-warp simulates
+    MuJoCo's on the device"""
+    compile: bool = True
+    """compile with AOTInductor; --no-compile is for debugging"""
+    env_threads: int = 1
+    """CPU threads that step native MuJoCo environments"""
+    sticky_actions: float = 0.0
+    """probability that a native Atari game repeats the frame before's action, whatever the agent chose"""
+    eval_every: int = 0
+    """env steps of one seed between evaluations of 10 episodes, logged as eval/episodic_return; 0 for none"""
+    until_return: float | None = None
+    """end the run, as finished, after the first evaluation at which every seed's mean return is at least this"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        judged = self.until_return is None or (math.isfinite(self.until_return) and self.eval_every > 0)
+        self.require("until_return", judged, "finite, with --eval-every above 0")
 
     def require_room(self, env: VectorEnv, num_envs: int, num_steps: int, hidden: int) -> None:
         """Raise a ValueError that says how many environments would fit, unless rollouts and their updates do.
@@ -113,7 +166,13 @@ class RunArgs:
         hidden = NATURE_CNN_SIZE if is_image(env.observation_space) else hidden
         require_memory(num_envs, self.num_seeds, num_steps * (3 * row + 4 * hidden), self.torch_device)
 
-    may_be_zero: ClassVar[set[str]] = {"seed", "checkpoint_every", "eval_every", "stop_at"}
+    @property
+    def name(self) -> str:
+        return self.env
+
+    @property
+    def total_steps(self) -> int:
+        return self.total_timesteps
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -124,44 +183,19 @@ class RunArgs:
         return evaluation_seeds(self.seeds)
 
     @property
-    def torch_device(self) -> torch.device:
-        cuda = self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available())
-        return torch.device("cuda" if cuda else "cpu")
-
-    @property
     def make_options(self) -> tuple[torch.device, str, int, float]:
         """What `make` takes after the id, the seeds and the number of environments."""
         return self.torch_device, self.backend, self.env_threads, self.sticky_actions
-
-    @property
-    def annealed(self) -> bool:
-        """Whether anything is scheduled over total_timesteps, so that a run cannot be prolonged."""
-        return True
 
     def env_seeds(self, rank: int) -> tuple[int, ...]:
         """The environments' seeds: the seeds themselves, others on further ranks of a data-parallel run."""
         others = (np.random.SeedSequence((seed, 2, rank)).generate_state(1, np.uint64)[0] for seed in self.seeds)
         return tuple(int(seed) for seed in others) if rank else self.seeds
 
-    def generators(self, rank: int) -> list[torch.Generator]:
-        """One a seed for the agents, independent of the environments', which start from the seeds themselves."""
-        keys = [(seed, 1, rank) if rank else (seed, 1) for seed in self.seeds]
-        states = [np.random.SeedSequence(key).generate_state(1, np.uint64)[0] for key in keys]
-        return [torch.Generator(self.torch_device).manual_seed(int(state)) for state in states]
-
-    def algorithm_fields(self) -> tuple[tuple[str, Any], ...]:
-        """The fields that an algorithm adds."""
-        shared = {field.name for field in dataclasses.fields(RunArgs)}
-        return tuple((f.name, getattr(self, f.name)) for f in dataclasses.fields(self) if f.name not in shared)
-
     @property
     def key(self) -> tuple[str, Any]:
         """What an algorithm's compiled functions depend on: its source and its fields."""
         return inspect.getsource(sys.modules[type(self).__module__]), self.algorithm_fields()
-
-    def to_json(self) -> dict[str, Any]:
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _ONE_PROCESS}
-        return {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}
 
 
 def flag(field: str) -> str:
@@ -182,13 +216,17 @@ class Stopped(KeyboardInterrupt):
         self.status = status
 
 
-def run(train: Callable[[Any], Any], args_type: type[RunArgs], defaults: Callable[[str], RunArgs]) -> None:
+def run(
+    train: Callable[[Any], Any],
+    args_type: type[BaseArgs],
+    defaults: Callable[[str], BaseArgs] | None = None,
+) -> None:
     """Parse the command line and train; every expected fault ends in one line and exit status 1 (2 for flags).
 
     Args:
         train: takes the parsed flags.
         args_type: the algorithm's Args.
-        defaults: gives its defaults for an environment id.
+        defaults: gives its defaults for an environment id; None where they are the same for everything.
     """
     status = 2
     try:
@@ -199,20 +237,22 @@ def run(train: Callable[[Any], Any], args_type: type[RunArgs], defaults: Callabl
     except KeyboardInterrupt as stop:
         print(str(stop) or "interrupted", file=sys.stderr)
         raise SystemExit(stop.status if isinstance(stop, Stopped) else 128 + signal.SIGINT) from None
-    except (ValueError, OSError, FloatingPointError, NoCompiler) as error:
+    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError, NoCompiler) as error:
         if os.environ.get("RL_LAB_TRACEBACK"):
             raise
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(status) from None
 
 
-def parse(argv: Sequence[str], args_type: type[RunArgs], defaults: Callable[[str], RunArgs]) -> RunArgs:
+def parse(
+    argv: Sequence[str], args_type: type[BaseArgs], defaults: Callable[[str], BaseArgs] | None = None
+) -> BaseArgs:
     """Flags to Args: defaults by environment, or a run's own for --resume; ValueError says which flag is wrong."""
     folder = _given(argv, "--resume")
     if folder is None:
         env_id = _given(argv, "--env")
         try:
-            default = defaults(env_id) if env_id else None
+            default = defaults(env_id) if env_id and defaults else None
         except ValueError as error:
             raise ValueError(f"--env {env_id}: {error}") from None
         args = _parse(argv, args_type, default)
@@ -231,7 +271,7 @@ def parse(argv: Sequence[str], args_type: type[RunArgs], defaults: Callable[[str
     saved = args_type(**given)
     args = _parse(argv, args_type, saved)
     free = {"checkpoint_every"}
-    if args.total_timesteps > saved.total_timesteps and not saved.annealed:
+    if args.total_steps > saved.total_steps and not saved.annealed:
         free.add("total_timesteps")
     for name in sorted(fields - free):
         if (was := getattr(saved, name)) != (now := getattr(args, name)):
@@ -242,12 +282,12 @@ def parse(argv: Sequence[str], args_type: type[RunArgs], defaults: Callable[[str
     return args
 
 
-def _parse(argv: Sequence[str], args_type: type[RunArgs], default: Any) -> RunArgs:
+def _parse(argv: Sequence[str], args_type: type[BaseArgs], default: Any) -> BaseArgs:
     """Flags to Args by tyro, which exits with its own message; but what Args refuses is raised here."""
     shown = io.StringIO()
     try:
         with contextlib.redirect_stderr(shown):
-            args: RunArgs = tyro.cli(args_type, args=argv, default=default)
+            args: BaseArgs = tyro.cli(args_type, args=argv, default=default)
             return args
     except SystemExit as exit:
         if isinstance(exit.__context__, ValueError):

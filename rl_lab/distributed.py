@@ -1,4 +1,4 @@
-"""Data-parallel training under torchrun: each rank steps its share of the environments, gradients are averaged."""
+"""Data-parallel training under torchrun: each rank takes its share of the work, gradients are summed or averaged."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,9 +17,10 @@ import torch.distributed as dist
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from rl_lab.cli import RunArgs
+from rl_lab.cli import BaseArgs, RunArgs
 from rl_lab.compiler import Compiled
 
+B = TypeVar("B", bound=BaseArgs)
 A = TypeVar("A", bound=RunArgs)
 
 
@@ -32,6 +33,22 @@ def ranks() -> tuple[int, int]:
     return rank, size
 
 
+def lasting(args: B) -> B:
+    """The flags, with a run folder that does not last on all ranks but the first, which alone prints.
+
+    Raises:
+        ValueError: for --resume: a checkpoint holds one rank's state only.
+    """
+    rank, size = ranks()
+    if size > 1:
+        args.require("resume", args.resume is None, "left out: a run under torchrun cannot be continued")
+    if rank:
+        args = dataclasses.replace(args, runs_dir=Path(tempfile.mkdtemp(prefix="rl_lab-rank-")))
+        atexit.register(shutil.rmtree, args.runs_dir, ignore_errors=True)
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (rank 0 says the same)
+    return args
+
+
 def share(args: A) -> tuple[A, A]:
     """The flags of the run, and those of this rank with its share of `num_envs`. Only rank 0's run folders last.
 
@@ -39,19 +56,24 @@ def share(args: A) -> tuple[A, A]:
         ValueError: if num_envs does not divide, for --until-return, and for --resume: a checkpoint holds one rank's
             environments only.
     """
-    rank, size = ranks()
+    size = ranks()[1]
     if size == 1:
         return args, args
     num_envs: int = getattr(args, "num_envs", 1)
     args.require("num_envs", num_envs % size == 0, f"a multiple of torchrun's {size} ranks")
     alone = "left out: torchrun's ranks, each with statistics of its own, might not end together"
     args.require("until_return", args.until_return is None, alone)
-    args.require("resume", args.resume is None, "left out: a run under torchrun cannot be continued")
-    if rank:
-        args = dataclasses.replace(args, runs_dir=Path(tempfile.mkdtemp(prefix="rl_lab-rank-")))
-        atexit.register(shutil.rmtree, args.runs_dir, ignore_errors=True)
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (rank 0 says the same)
+    args = lasting(args)
     return args, dataclasses.replace(args, num_envs=num_envs // size)  # type: ignore[call-arg]
+
+
+def summed(tensors: Sequence[Tensor]) -> None:
+    """Sum each tensor over the ranks, in place."""
+    if ranks()[1] > 1:
+        flat = torch.cat([x.flatten() for x in tensors])
+        dist.all_reduce(flat)
+        for x, part in zip(tensors, flat.split([x.numel() for x in tensors]), strict=True):
+            x.copy_(part.view_as(x))
 
 
 def averaged(function: Callable[..., Any], key: object, compile: bool) -> tuple[Callable[..., Any], bool]:

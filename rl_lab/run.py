@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from rl_lab import checkpoint
-from rl_lab.cli import RunArgs, Stopped
+from rl_lab.cli import BaseArgs, RunArgs, Stopped
 from rl_lab.episodes import evaluate
 from rl_lab.log import Progress, RunLog
 from rl_lab.rollout import merge_seeds, split_seeds
@@ -25,15 +25,14 @@ FLUSH_EVERY = 10.0  # seconds, for whoever watches TensorBoard
 SMALLER = "a smaller --learning-rate is the usual cure"
 
 
-class Run:
-    """A training run of `len(args.seeds)` agents.
+class BaseRun:
+    """A training run of `len(args.seeds)` agents, in steps of whatever kind.
 
     Args:
         args: all flags; `args.resume` names a run to continue.
         algo: name of the algorithm.
-        env: whose rows are seeds by environments.
         state: gives the training state as nested dicts of tensors and JSON values.
-        about: what a new run's config.json says besides, by name.
+        about: what a new run's config.json says besides the flags, by name.
 
     `saved` is the state to continue from, None for a new run. A new run's folders and first checkpoint exist when the
     constructor returns.
@@ -43,24 +42,17 @@ class Run:
     """
 
     def __init__(
-        self,
-        args: RunArgs,
-        algo: str,
-        env: VectorEnv,
-        state: Callable[[], dict[str, Any]],
-        about: dict[str, Any] | None = None,
+        self, args: BaseArgs, algo: str, state: Callable[[], dict[str, Any]], about: dict[str, Any] | None = None
     ) -> None:
-        self.args, self.env, self.state = args, env, state
+        self.args, self.state = args, state
         self.iteration, self.elapsed, self.reached = 0, 0.0, False  # --until-return, in the last evaluation
         self.recent: list[list[float]] = [[] for _ in args.seeds]
         self.saved: dict[str, Any] | None = None
         if args.resume is None:
-            space = type(env.action_space).__name__
             flags = args.to_json() | {"device": args.torch_device.type}  # not "auto": generators differ by device
-            config = {"total_timesteps": args.total_timesteps, "action_space": space, "args": flags}
-            config |= {"semantics": getattr(args, "semantics", ""), **(about or {})}
+            config = {"total_timesteps": args.total_steps, "args": flags, **(about or {})}
             try:
-                self.logs = RunLog.create(args.runs_dir, args.env, algo, args.seeds, config)
+                self.logs = RunLog.create(args.runs_dir, args.name, algo, args.seeds, config)
                 for index in range(len(args.seeds)):
                     rows = "\n".join(f"|{name}|{value}|" for name, value in flags.items())
                     self.logs.text(index, "hyperparameters", f"|param|value|\n|-|-|\n{rows}")
@@ -78,13 +70,13 @@ class Run:
             self.reached = progress["reached"]
             self.checkpointed = self.iteration
             self.logs.rewind(progress["logs"])
-            if args.total_timesteps != self.logs.config["total_timesteps"]:
-                self.logs.prolong(args.total_timesteps)
+            if args.total_steps != self.logs.config["total_timesteps"]:
+                self.logs.prolong(args.total_steps)
 
     def iterations(self, num_iterations: int, steps: int) -> Iterator[int]:
-        """Indices of the iterations to do, each of `steps` env steps a seed; checkpoints between them.
+        """Indices of the iterations to do, each of `steps` steps a seed; checkpoints between them.
 
-        The one in which an evaluation reaches --until-return is the last.
+        The one in which `reached` becomes true is the last.
 
         Raises:
             Stopped: at --stop-at; after SIGINT or SIGTERM, once the running iteration is finished and checkpointed; at
@@ -126,18 +118,110 @@ class Run:
             self.progress.close()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-        if self.reached:
-            print(f"--until-return {self.args.until_return}: reached at step {self.iteration * steps}")
 
     @property
     def end(self) -> int:
-        """Env steps of one seed at the end of the iteration now running."""
+        """Steps of one seed at the end of the iteration now running."""
         return (self.iteration + 1) * self.steps_per_iteration
 
     @property
     def evaluation_due(self) -> bool:
         """Whether the iteration now running ends at or past a multiple of --eval-every."""
         return _crosses(self.iteration, self.steps_per_iteration, self.args.eval_every)
+
+    def require_finite(self, metrics: dict[str, list[float]], cause: Callable[[], str] = lambda: SMALLER) -> None:
+        """Raise a FloatingPointError unless every loss is finite. `metrics`: tag -> a number a seed."""
+        for name, row in metrics.items():
+            if name.endswith("loss") and not all(map(math.isfinite, row)):
+                seed = self.args.seeds[[math.isfinite(x) for x in row].index(False)]
+                raise self.diverged(f"{name} of seed {seed} is not finite", cause())
+
+    def log_metrics(self, metrics: dict[str, list[float]], extra: str = "") -> None:
+        """Log numbers of the iteration now running, tag -> a number a seed, and show how the run goes."""
+        sps = self.end / (time.monotonic() - self.started)
+        for index in range(len(self.args.seeds)):
+            row = {name: x[index] for name, x in metrics.items()}
+            self.logs.scalars(index, self.end, {**row, "charts/SPS": float(int(sps))})
+        if time.monotonic() - self.flushed > FLUSH_EVERY:
+            try:
+                self.logs.flush()
+            except OSError as error:
+                raise self._refused(error) from None
+            self.flushed = time.monotonic()
+        returns = [sum(r) / len(r) if r else math.nan for r in self.recent]
+        self.progress.update(self.end, sps * len(self.args.seeds), returns, extra)
+
+    def checkpoint(self) -> None:
+        """Save the training state, and where the logs stood.
+
+        Raises:
+            FloatingPointError: if a parameter is not finite; the last checkpoint stays.
+            OSError: if the disk refuses; the last checkpoint and the logs until then stay.
+        """
+        state = self.state()
+        if not all(torch.isfinite(x).all() for x in flatten(state["params"]).values()):
+            raise self.diverged("a parameter is not finite", SMALLER)
+        progress = {
+            "group": self.logs.config["group"],
+            "iteration": self.iteration,
+            "elapsed": self.elapsed,
+            "recent": self.recent,
+            "reached": self.reached,
+            "logs": self.logs.state_dict(),
+        }
+        checkpoint.save(self.logs.checkpoint_folder, {"state": state, "run": progress})
+        self.checkpointed = self.iteration
+
+    def diverged(self, what: str, cause: str) -> FloatingPointError:
+        """What to raise where training has come to nothing: the logs until now are kept, and the last checkpoint."""
+        self.logs.flush()  # the way there
+        begin, saved = (i * self.steps_per_iteration for i in (self.iteration, self.checkpointed))
+        where = f"{self.logs.checkpoint_folder} keeps the checkpoint of step {saved}"
+        return FloatingPointError(f"{what} after step {begin}; {cause}; {where}")
+
+    def _due(self, every: int) -> bool:
+        return _crosses(self.iteration - 1, self.steps_per_iteration, every)
+
+    @property
+    def _stops_here(self) -> bool:
+        return 0 < self.args.stop_at <= self.iteration * self.steps_per_iteration
+
+    def _stopped(self, cause: str, status: int) -> Stopped:
+        step = self.checkpointed * self.steps_per_iteration
+        how = f"checkpointed at step {step}; continue with --resume {self.logs.folders[0]}"
+        return Stopped(f"{cause}: stopped, {how}", status)
+
+    def _refused(self, error: OSError) -> OSError:
+        return OSError(f"{error}; make room, then continue with --resume {self.logs.folders[0]}")
+
+
+class Run(BaseRun):
+    """A training run of `len(args.seeds)` agents in an environment; its steps are env steps.
+
+    Args:
+        args, algo, state, about: as `BaseRun` takes them.
+        env: whose rows are seeds by environments.
+    """
+
+    args: RunArgs
+
+    def __init__(
+        self,
+        args: RunArgs,
+        algo: str,
+        env: VectorEnv,
+        state: Callable[[], dict[str, Any]],
+        about: dict[str, Any] | None = None,
+    ) -> None:
+        self.env = env
+        known = {"action_space": type(env.action_space).__name__, "semantics": getattr(args, "semantics", "")}
+        super().__init__(args, algo, state, known | (about or {}))
+
+    def iterations(self, num_iterations: int, steps: int) -> Iterator[int]:
+        """As `BaseRun.iterations`; the one in which an evaluation reaches --until-return is the last."""
+        yield from super().iterations(num_iterations, steps)
+        if self.reached:
+            print(f"--until-return {self.args.until_return}: reached at step {self.iteration * steps}")
 
     def log(self, rollout: dict[str, Tensor], metrics: dict[str, Tensor]) -> None:
         """Log one iteration: the episodes that ended in it, and the metrics.
@@ -154,32 +238,23 @@ class Run:
         ended = rollout.get("game_over", rollout["terminated"] | rollout["truncated"])
         columns = (ended, rollout["episode_returns"], rollout["episode_lengths"], *metrics.values())
         done, returns, lengths, *values = on_host(columns)  # the one wait of an iteration
-        table: list[list[float]] = [x.tolist() for x in values]
-        for name, row in zip(metrics, table, strict=True):
-            if name.endswith("loss") and not all(map(math.isfinite, row)):
-                seed = self.args.seeds[[math.isfinite(x) for x in row].index(False)]
-                given = [x for column, x in rollout.items() if column in ("obs", "next_obs", "rewards")]
-                sound = all(torch.isfinite(x).all() for x in given)
-                cause = SMALLER if sound else f"nor is what --env {self.args.env} gave"
-                raise self.diverged(f"{name} of seed {seed} is not finite", cause)
-        begin, end = self.iteration * self.steps_per_iteration, self.end
+        table: dict[str, list[float]] = {name: x.tolist() for name, x in zip(metrics, values, strict=True)}
+
+        def cause() -> str:
+            given = [x for column, x in rollout.items() if column in ("obs", "next_obs", "rewards")]
+            sound = all(torch.isfinite(x).all() for x in given)
+            return SMALLER if sound else f"nor is what --env {self.args.env} gave"
+
+        self.require_finite(table, cause)
+        begin = self.iteration * self.steps_per_iteration
         times, rows = done.nonzero()
         returns, lengths = returns[times, rows], lengths[times, rows]
-        sps = end / (time.monotonic() - self.started)
         for index in range(num_seeds):
             mine = rows // num_envs == index
             if mine.any():
                 self.logs.episodes(index, begin + (times[mine] + 1) * num_envs, returns[mine], lengths[mine])
                 self.recent[index] = [*self.recent[index], *returns[mine].tolist()][-100:]
-            losses = {name: row[index] for name, row in zip(metrics, table, strict=True)}
-            self.logs.scalars(index, end, {**losses, "charts/SPS": float(int(sps))})
-        if time.monotonic() - self.flushed > FLUSH_EVERY:
-            try:
-                self.logs.flush()
-            except OSError as error:
-                raise self._refused(error) from None
-            self.flushed = time.monotonic()
-        self.progress.update(end, sps * num_seeds, [sum(r) / len(r) if r else math.nan for r in self.recent])
+        self.log_metrics(table)
 
     def evaluate(
         self,
@@ -214,34 +289,6 @@ class Run:
         self.reached = wanted is not None and bool((returns.mean(1) >= wanted).all())
         return returns, lengths
 
-    def checkpoint(self) -> None:
-        """Save the training state, and where the logs stood.
-
-        Raises:
-            FloatingPointError: if a parameter is not finite; the last checkpoint stays.
-            OSError: if the disk refuses; the last checkpoint and the logs until then stay.
-        """
-        state = self.state()
-        if not all(torch.isfinite(x).all() for x in flatten(state["params"]).values()):
-            raise self.diverged("a parameter is not finite", SMALLER)
-        progress = {
-            "group": self.logs.config["group"],
-            "iteration": self.iteration,
-            "elapsed": self.elapsed,
-            "recent": self.recent,
-            "reached": self.reached,
-            "logs": self.logs.state_dict(),
-        }
-        checkpoint.save(self.logs.checkpoint_folder, {"state": state, "run": progress})
-        self.checkpointed = self.iteration
-
-    def diverged(self, what: str, cause: str) -> FloatingPointError:
-        """What to raise where training has come to nothing: the logs until now are kept, and the last checkpoint."""
-        self.logs.flush()  # the way there
-        begin, saved = (i * self.steps_per_iteration for i in (self.iteration, self.checkpointed))
-        where = f"{self.logs.checkpoint_folder} keeps the checkpoint of step {saved}"
-        return FloatingPointError(f"{what} after step {begin}; {cause}; {where}")
-
     def finish(self, params: dict[str, Any], normalizer: Any) -> None:
         """Write each seed's parameters and statistics as model.safetensors, and say where everything is."""
         for index, folder in enumerate(self.logs.folders):
@@ -255,21 +302,6 @@ class Run:
         """How well the agent of seed number `index` did, in words."""
         recent = self.recent[index]
         return f"{sum(recent) / len(recent):.1f} over the last {len(recent)} episodes" if recent else "no episode ended"
-
-    def _due(self, every: int) -> bool:
-        return _crosses(self.iteration - 1, self.steps_per_iteration, every)
-
-    @property
-    def _stops_here(self) -> bool:
-        return 0 < self.args.stop_at <= self.iteration * self.steps_per_iteration
-
-    def _stopped(self, cause: str, status: int) -> Stopped:
-        step = self.checkpointed * self.steps_per_iteration
-        how = f"checkpointed at step {step}; continue with --resume {self.logs.folders[0]}"
-        return Stopped(f"{cause}: stopped, {how}", status)
-
-    def _refused(self, error: OSError) -> OSError:
-        return OSError(f"{error}; make room, then continue with --resume {self.logs.folders[0]}")
 
 
 def on_host(tensors: Sequence[Tensor]) -> list[NDArray[Any]]:

@@ -1,0 +1,243 @@
+"""Causal language models: loading and saving, tokens, and log-probabilities of completions.
+
+Models and tokenizers are those of Hugging Face's transformers; no code from a model's repository is run. A prompt with
+its completions is a `Tree`: the prompt is computed once for all of them. Several trees make one row of tokens, each
+token seeing its own branch and the prompt before it, at the positions it has there: nothing is padded, and logits are
+computed only where a completion's token is predicted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rl_lab import require
+from rl_lab.compiler import cache_folder
+
+Tokens = list[int]
+Message = dict[str, str]  # role, content
+Prompt = str | list[Message]
+
+KEPT = ("smollm2-135m",)  # names that `python -m rl_lab.models` makes
+
+
+class Tree(NamedTuple):
+    """A prompt and its completions as tokens; a completion ends with what ends it, if it ended."""
+
+    prompt: Tokens
+    branches: tuple[Tokens, ...]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + sum(map(len, self.branches))
+
+
+class Packed(NamedTuple):
+    """Trees in one row of L tokens, K of which are scored, in the order of trees, branches and tokens.
+
+    Attributes:
+        inputs: what the model takes: input_ids, position_ids (1, L), attention_mask (1, 1, L, L) bool; and
+            logits_to_keep (K,), the places whose logits predict the scored tokens.
+        targets: (K,) the scored tokens.
+        branch: (K,) which branch each belongs to, counted over all trees.
+        ends: (branches,) place of each branch's last token.
+    """
+
+    inputs: dict[str, Tensor]
+    targets: Tensor
+    branch: Tensor
+    ends: Tensor
+
+    def sums(self, x: Tensor) -> Tensor:
+        """(K,) numbers of tokens summed over each branch: (branches,)."""
+        return torch.zeros(len(self.ends), dtype=x.dtype, device=x.device).index_add(0, self.branch, x)
+
+    @property
+    def lengths(self) -> Tensor:
+        """(branches,) float32 numbers of scored tokens."""
+        return torch.bincount(self.branch, minlength=len(self.ends)).float()
+
+
+def models_folder() -> Path:
+    """Where `python -m rl_lab.models` keeps what it made."""
+    return cache_folder() / "models"
+
+
+def locate(name: str, flag: str = "--model") -> str:
+    """What transformers loads for a name: a folder, a run's model, one made by `rl_lab.models`, else an id of the hub.
+
+    Raises:
+        ValueError: if the name is one of `KEPT` and not made yet, or a folder without a model.
+    """
+    if (run := Path(name) / "model").is_dir():
+        return str(run)
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file() or (Path(name) / "episodes.csv.gz").is_file():
+            raise ValueError(f"{flag} {name}: a folder without a model; an unfinished run has none yet")
+        return name
+    if name in KEPT:
+        folder = models_folder() / name
+        if not folder.is_dir():
+            raise ValueError(f"{flag} {name}: not in {folder} yet; `python -m rl_lab.models {name}` puts it there")
+        return str(folder)
+    return name
+
+
+def load_model(name: str, flag: str = "--model", num_labels: int = 0) -> Any:
+    """A model in float32, in eval mode, which leaves dropout out; a run's adapter is merged into its weights.
+
+    Args:
+        name: as `locate` takes it.
+        num_labels: 0 for a causal language model, else one with a linear head of so many outputs on its last layer.
+    Raises:
+        ValueError: if there is none, or no safetensors file of it.
+    """
+    transformers = require("transformers", "preference")
+    path = locate(name, flag)
+    if (adapter := Path(path) / "adapter_config.json").is_file():
+        base = load_model(json.loads(adapter.read_text())["base_model_name_or_path"], flag, num_labels)
+        return require("peft", "preference").PeftModel.from_pretrained(base, path).merge_and_unload().eval()
+    kind = transformers.AutoModelForSequenceClassification if num_labels else transformers.AutoModelForCausalLM
+    labels = {"num_labels": num_labels} if num_labels else {}
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model = kind.from_pretrained(path, dtype=torch.float32, use_safetensors=True, **labels)
+    except (OSError, ValueError) as error:
+        raise _unavailable(name, flag, error) from None
+    return model.eval()
+
+
+def load_tokenizer(name: str, flag: str = "--model") -> Any:
+    """A model's tokenizer. ValueError if there is none, or if it has no token that ends a text."""
+    transformers = require("transformers", "preference")
+    path = locate(name, flag)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise _unavailable(name, flag, error) from None
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{flag} {name}: its tokenizer has no EOS token, so no completion could end; set one in it")
+    return tokenizer
+
+
+def _unavailable(name: str, flag: str, error: Exception) -> ValueError:
+    first = str(error).strip().partition("\n")[0]
+    return ValueError(
+        f"{flag} {name}: neither a folder with a model nor to be had from the Hugging Face hub ({first}); "
+        f"a local folder with config.json and model.safetensors works, and so does {' or '.join(KEPT)}"
+    )
+
+
+def save_model(folder: Path, model: Any, tokenizer: Any) -> None:
+    """Write what `from_pretrained` loads, an adapter alone where there is one; the folder is whole or not there."""
+    temporary = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+
+
+def add_lora(model: Any, rank: int, seed: int) -> Any:
+    """The model with adapters of low rank on every linear layer but the head [Hu et al. 2022, arXiv:2106.09685].
+
+    Their scale is alpha / rank with alpha = 2 * rank. B is zero, so the model is at first what it was.
+    """
+    peft = require("peft", "preference")
+    head = "SEQ_CLS" if type(model).__name__.endswith("ForSequenceClassification") else "CAUSAL_LM"
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type=head)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return peft.get_peft_model(model, config).eval()
+
+
+def encode_prompt(tokenizer: Any, prompt: Prompt) -> Tokens:
+    """A prompt's tokens: messages by the tokenizer's chat template, text with what the tokenizer puts before a text."""
+    if isinstance(prompt, str):
+        ids: Tokens = tokenizer(prompt)["input_ids"]
+        if prompt and ids[-1] == tokenizer.eos_token_id:  # some tokenizers end every text
+            ids = ids[:-1]
+        return ids or [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
+    if not tokenizer.chat_template:
+        raise ValueError("--model: its tokenizer has no chat template, which messages need; plain prompts work")
+    text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has them already
+    return ids
+
+
+def encode_completion(tokenizer: Any, text: str) -> Tokens:
+    """A completion's tokens, with the one that ends it. They are the prompt's continuation whatever the prompt is."""
+    return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+
+
+def pack(trees: Sequence[Tree], device: torch.device | str = "cpu") -> Packed:
+    """Trees side by side in one row. Every prompt has at least one token, and every branch."""
+    ids: Tokens = []
+    positions: list[int] = []
+    tree: list[int] = []
+    segment: list[int] = []  # -1 in a prompt, else the branch
+    places: list[int] = []
+    targets: Tokens = []
+    branch: list[int] = []
+    ends: list[int] = []
+    for number, (prompt, branches) in enumerate(trees):
+        ids += prompt
+        positions += range(len(prompt))
+        segment += [-1] * len(prompt)
+        last = len(ids) - 1
+        for tokens in branches:
+            first = len(ids)
+            places += [last, *range(first, first + len(tokens) - 1)]
+            targets += tokens
+            branch += [len(ends)] * len(tokens)
+            segment += [len(ends)] * len(tokens)
+            ids += tokens
+            positions += range(len(prompt), len(prompt) + len(tokens))
+            ends.append(len(ids) - 1)
+        tree += [number] * (len(ids) - len(tree))
+    row, kind, part = (torch.tensor(x, device=device) for x in (range(len(ids)), tree, segment))
+    mask = (row[:, None] >= row) & (kind[:, None] == kind) & ((part == -1) | (part[:, None] == part))
+    inputs = {
+        "input_ids": torch.tensor([ids], device=device),
+        "position_ids": torch.tensor([positions], device=device),
+        "attention_mask": mask[None, None],
+        "logits_to_keep": torch.tensor(places, device=device),
+    }
+    scored, counted, last_places = (torch.tensor(x, device=device) for x in (targets, branch, ends))
+    return Packed(inputs, scored, counted, last_places)
+
+
+def micro_batches(trees: Sequence[Tree], most: int) -> list[list[int]]:
+    """Indices of trees, in their order, in groups of at most `most` tokens, or of one tree that is longer."""
+    groups: list[list[int]] = []
+    room = 0
+    for index, tree in enumerate(trees):
+        if not groups or len(tree) > room:
+            groups.append([])
+            room = most
+        groups[-1].append(index)
+        room -= len(tree)
+    return groups
+
+
+def logits(model: Any, packed: Packed) -> Tensor:
+    """(K, V) float32 logits that predict the scored tokens."""
+    return model(**packed.inputs, use_cache=False).logits[0].float()  # type: ignore[no-any-return]
+
+
+def token_logprobs(model: Any, packed: Packed, temperature: float = 1.0) -> Tensor:
+    """(K,) float32 log-probabilities of the scored tokens at the temperature that they are sampled at."""
+    scores = logits(model, packed) / temperature
+    return scores.gather(1, packed.targets[:, None]).squeeze(1) - scores.logsumexp(1)
+
+
+def autocast(device: torch.device, bf16: bool) -> AbstractContextManager[Any]:
+    """Matrix products in bfloat16, weights and sums in float32; or nothing."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)

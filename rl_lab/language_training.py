@@ -1,0 +1,159 @@
+"""Training a language model: its flags, its run folder, and a gradient step over micro-batches and processes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from rl_lab.cli import BaseArgs
+from rl_lab.distributed import summed
+from rl_lab.language import add_lora, load_model, load_tokenizer, save_model
+from rl_lab.optim import fast_bf16
+from rl_lab.run import BaseRun
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageArgs(BaseArgs):
+    """Flags of every training command of a language model."""
+
+    model: str
+    """folder of a model, a run folder, smollm2-135m, or an id of the Hugging Face hub"""
+    steps: int
+    """gradient steps"""
+    learning_rate: float
+    """of AdamW, after the warm-up"""
+    warmup: int = 0
+    """gradient steps over which the learning rate rises from zero"""
+    decay: bool = True
+    """let the learning rate fall to zero as a line"""
+    max_grad_norm: float = 1.0
+    """bound on the gradient's norm"""
+    weight_decay: float = 0.0
+    """of AdamW"""
+    lora_rank: int = 0
+    """train adapters of this rank on every linear layer; 0 trains all weights"""
+    micro_tokens: int = 1024
+    """tokens that are computed at once; the gradient does not depend on it"""
+    bf16: bool = fast_bf16()
+    """matrix products in bfloat16; the default is whether they are fast here"""
+    checkpoint_every: int = 100
+    """gradient steps between checkpoints; 0 for the first and last only"""
+
+    may_be_zero: ClassVar[set[str]] = {*BaseArgs.may_be_zero, "warmup", "lora_rank"}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require("weight_decay", 0 <= self.weight_decay < math.inf, "finite and 0 or more")
+
+    @property
+    def name(self) -> str:
+        return Path(self.model).name
+
+    @property
+    def total_steps(self) -> int:
+        return self.steps
+
+
+def open_model(args: LanguageArgs, num_labels: int = 0) -> tuple[Any, Any]:
+    """The model to train, on its device and with adapters if they are asked for, and its tokenizer."""
+    tokenizer = load_tokenizer(args.model)
+    model = load_model(args.model, num_labels=num_labels)
+    if args.lora_rank:
+        model = add_lora(model, args.lora_rank, args.seed)
+    return model.to(args.torch_device), tokenizer
+
+
+class LanguageRun(BaseRun):
+    """A training run of one language model; its steps are gradient steps.
+
+    Args:
+        args, algo, about: as `BaseRun` takes them.
+        model: whose parameters that require gradients are trained.
+        tokenizer: saved with it.
+        generator: of all that is drawn.
+        state: gives what the method has besides, as nested dicts of tensors and JSON values.
+    """
+
+    args: LanguageArgs
+
+    def __init__(
+        self,
+        args: LanguageArgs,
+        algo: str,
+        model: Any,
+        tokenizer: Any,
+        generator: torch.Generator,
+        about: dict[str, Any] | None = None,
+        state: Callable[[], dict[str, Any]] = dict,
+    ) -> None:
+        self.model, self.tokenizer, self.generator, self._more = model, tokenizer, generator, state
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(
+            list(self.trained.values()), args.learning_rate, weight_decay=args.weight_decay, fused=True
+        )
+        super().__init__(args, algo, self._state, about)
+        if self.saved:
+            for name, p in self.trained.items():
+                p.data.copy_(self.saved["params"][name])
+            self._load_moments(self.saved["moments"])
+            generator.set_state(self.saved["generator"].cpu())
+
+    def _state(self) -> dict[str, Any]:
+        moments = {name: dict(self.optimizer.state[p]) for name, p in self.trained.items()}
+        random = self.generator.get_state()
+        return {"params": self.trained, "moments": moments, "generator": random, "more": self._more()}
+
+    def _load_moments(self, moments: dict[str, dict[str, Tensor]]) -> None:
+        for name, p in self.trained.items():
+            for kind, x in moments[name].items():
+                self.optimizer.state[p][kind] = x.to(p.device) if kind != "step" else x
+
+    def steps(self) -> Iterator[int]:
+        """The gradient steps to do."""
+        return self.iterations(self.args.steps, 1)
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the step now running: up along a line, then down along one."""
+        step, args = self.iteration, self.args
+        if step < args.warmup:
+            return args.learning_rate * (step + 1) / args.warmup
+        left = (args.steps - step) / max(args.steps - args.warmup, 1)
+        return args.learning_rate * (left if args.decay else 1.0)
+
+    def update(self, losses: Iterator[Tensor]) -> float:
+        """One gradient step of the sum of `losses`, over micro-batches and over processes; returns the gradient's norm.
+
+        Each loss is divided already by what it is a mean over in the whole batch of all processes, so that the gradient
+        does not depend on how the batch is split.
+        """
+        parameters = list(self.trained.values())
+        for p in parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad.zero_()
+        for loss in losses:
+            loss.backward()
+        summed([p.grad for p in parameters if p.grad is not None])
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate
+        self.optimizer.step()
+        return float(norm)
+
+    def log(self, metrics: dict[str, float], extra: str = "") -> None:
+        """Log a gradient step. FloatingPointError if a loss is not finite."""
+        table = {name: [x] for name, x in metrics.items()}
+        self.require_finite(table)
+        self.log_metrics(table | {"charts/learning_rate": [self.learning_rate]}, extra)
+
+    def finish(self, score: str) -> None:
+        """Write `model/`, which `from_pretrained` loads, and say where everything is."""
+        folder = self.logs.folders[0]
+        save_model(folder / "model", self.model, self.tokenizer)
+        print(f"{folder}: {score}")
+        self.logs.close()

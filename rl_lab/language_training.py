@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from rl_lab.checkpoint import replace_file
 from rl_lab.cli import BaseArgs
 from rl_lab.distributed import summed
 from rl_lab.language import add_lora, load_model, load_tokenizer, save_model
@@ -67,6 +71,21 @@ def open_model(args: LanguageArgs, num_labels: int = 0) -> tuple[Any, Any]:
     if args.lora_rank:
         model = add_lora(model, args.lora_rank, args.seed)
     return model.to(args.torch_device), tokenizer
+
+
+@functools.cache
+def _permutation(count: int, seed: int, epoch: int) -> list[int]:
+    order: list[int] = np.random.default_rng((seed, 3, epoch)).permutation(count).tolist()
+    return order
+
+
+def drawn(count: int, size: int, seed: int, step: int) -> list[int]:
+    """Indices of batch number `step`: epochs follow each other, each a fresh permutation of range(count).
+
+    It depends on nothing else, so a resumed run need not know what it has drawn.
+    """
+    places = range(step * size, (step + 1) * size)
+    return [_permutation(count, seed, place // count)[place % count] for place in places]
 
 
 class LanguageRun(BaseRun):
@@ -151,9 +170,10 @@ class LanguageRun(BaseRun):
         self.require_finite(table)
         self.log_metrics(table | {"charts/learning_rate": [self.learning_rate]}, extra)
 
-    def finish(self, score: str) -> None:
-        """Write `model/`, which `from_pretrained` loads, and say where everything is."""
+    def finish(self, score: str, result: dict[str, Any]) -> None:
+        """Write `model/`, which `from_pretrained` loads, and `evaluation.json`; say where everything is."""
         folder = self.logs.folders[0]
         save_model(folder / "model", self.model, self.tokenizer)
+        replace_file(folder / "evaluation.json", json.dumps(result, indent=2).encode())
         print(f"{folder}: {score}")
         self.logs.close()

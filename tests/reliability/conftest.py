@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # It imports what takes seconds, computes nothing (a fork after that may hang), and forks a child for each request.
 SERVER = """
 import json, os, runpy, sys, traceback
-{imports}
+import rl_lab.algorithms.ppo, rl_lab.envs.mujoco, torch._dynamo
 for request in sys.stdin:
     algo, flags, before, output = json.loads(request)
     if (pid := os.fork()) == 0:
@@ -52,11 +52,7 @@ TINY = {
     "td3": f"{SHARED} {REPLAY} --train-frequency 16",
     "iql": f"{DATA} --eval-every 96 --eval-episodes 2",
     "td3_bc": f"{DATA} --eval-every 96 --eval-episodes 2",
-    # 30 gradient steps, a checkpoint after every second.
-    "grpo": "--device cpu --steps 30 --prompts-per-step 2 --group-size 2 --max-new-tokens 3 --checkpoint-every 2",
 }
-PLAYING = "import rl_lab.algorithms.ppo, rl_lab.envs.mujoco, torch._dynamo"
-WRITING = "import rl_lab.preference.grpo, transformers.models.llama.modeling_llama, torch._dynamo"
 
 
 @dataclass
@@ -71,12 +67,11 @@ class Ended:
 class Lab:
     """Runs `python -m rl_lab.ALGO`, one process at a time."""
 
-    def __init__(self, output: Path, imports: str) -> None:
+    def __init__(self, output: Path) -> None:
         self._output = output
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        server = SERVER.replace("{imports}", imports)
-        self.server = subprocess.Popen([sys.executable, "-c", server], cwd=ROOT, env=environment, **pipes)
+        self.server = subprocess.Popen([sys.executable, "-c", SERVER], cwd=ROOT, env=environment, **pipes)
 
     def start(self, *flags: object, before: str = "", algo: str = "ppo") -> int:
         """Start the command after some Python statements and return its process id; `wait` comes next."""
@@ -110,21 +105,10 @@ class Lab:
         return sorted(runs_dir.iterdir(), key=lambda folder: int(folder.name.split("__")[2]))
 
 
-def started(output: Path, imports: str) -> Iterator[Lab]:
-    lab = Lab(output, imports)
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    lab = Lab(tmp_path_factory.mktemp("output"))
     yield lab
     assert lab.server.stdin
     lab.server.stdin.close()
     lab.server.wait()
-
-
-@pytest.fixture(scope="session")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    yield from started(tmp_path_factory.mktemp("output"), PLAYING)
-
-
-@pytest.fixture(scope="session")
-def language_lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    """For training commands of language models."""
-    pytest.importorskip("transformers")
-    yield from started(tmp_path_factory.mktemp("output"), WRITING)

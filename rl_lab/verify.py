@@ -35,6 +35,8 @@ class Args:
     """write pairs to this .jsonl file"""
     group_size: int = 8
     """answers to a prompt, with --pairs"""
+    json: Path | None = None
+    """write the accuracy to this file too"""
     seed: int = 1
     """of their sampling, at temperature 1"""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -83,6 +85,9 @@ def main() -> None:
             f"{args.model} on {len(prompts)} prompts of {args.task}, {'sampled' if args.pairs else 'greedy'}: "
             f"{told['mean']:.3f} right" + ("" if args.pairs else f" [{told['low']:.3f}, {told['high']:.3f}]")
         )
+        if args.json:
+            report = {"model": args.model, "task": args.task, "prompts": len(prompts), "accuracy": told}
+            replace_file(args.json, json.dumps(report, indent=2).encode())
         if args.pairs:
             replace_file(args.pairs, "".join(lines).encode())
             print(f"{args.pairs}: {len(lines)} pairs, of the prompts with right and wrong answers")

@@ -28,8 +28,9 @@ READING = """
 
 Seeds' IQM with its 95 % interval; where there is one seed, the interval is that of its held-out examples (Wilson).
 Accuracy is of greedy answers to prompts of the task that were not trained on, or of the implicit reward on pairs whose
-prompts were not. `runs/preference.sh` makes the rows again, [runs/results/preference](runs/results/preference) has every
-seed, with command, commit, versions and hardware; what stands beside a win rate: [docs/judging.md](docs/judging.md)."""
+prompts were not. `runs/preference.sh` makes the rows again; every seed is in
+[runs/results/preference](runs/results/preference), with command, commit, versions and hardware; what stands beside a
+win rate: [docs/judging.md](docs/judging.md)."""
 
 Run = dict[str, Any]
 

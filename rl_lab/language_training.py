@@ -124,7 +124,7 @@ def open_data(args: PreferenceArgs, tokenizer: Any, kind: str) -> tuple[Examples
 def open_model(args: LanguageArgs, num_labels: int = 0) -> tuple[Any, Any]:
     """The model to train, on its device and with adapters if they are asked for, and its tokenizer."""
     tokenizer = load_tokenizer(args.model)
-    model = load_model(args.model, num_labels=num_labels)
+    model = load_model(args.model, num_labels=num_labels, seed=args.seed)
     if args.lora_rank:
         model = add_lora(model, args.lora_rank, args.seed)
     return model.to(args.torch_device), tokenizer

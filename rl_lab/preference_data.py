@@ -2,7 +2,7 @@
 
 Formats, told apart by their keys; a text is a string or a list of messages {"role": ..., "content": ...}:
 
-    pairs                   chosen, rejected, and prompt unless both begin with it
+    pairs                   chosen, rejected, prompt unless both begin with it, and margin if there are any
     completions             prompt, completion; or messages, the last of which is the completion; or text
     labelled completions    prompt, completion, label
     labelled steps          prompt, completions, labels
@@ -18,6 +18,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import math
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -45,12 +46,14 @@ class Example(NamedTuple):
         completions: (chosen, rejected) of a pair, the steps of labelled steps, one of completions, none of prompts.
         labels: of what is labelled, for each completion whether it is good; else none.
         where: file and line.
+        margin: of a pair, by how much the chosen one is better; None where the line has none.
     """
 
     prompt: Prompt
     completions: tuple[str, ...]
     labels: tuple[bool, ...]
     where: str
+    margin: float | None = None
 
 
 def read(data: str, kind: str, flag: str = "--data") -> tuple[list[Example], list[str]]:
@@ -164,11 +167,14 @@ def _example(row: Any, kind: str, where: str) -> Example | None:
 
 def _pair(row: dict[str, Any], where: str) -> Example | None:
     _demand(row, ("chosen", "rejected"), where)
+    margin = row.get("margin")
+    if margin is not None and (not isinstance(margin, int | float) or not 0 <= margin < math.inf):
+        raise ValueError(f"{where}: margin {margin!r} must be a finite number, 0 or more")
     if "prompt" in row:
         answers = _answer(row["chosen"], where), _answer(row["rejected"], where)
-        return Example(_prompt(row["prompt"], where), answers, (), where)
+        return Example(_prompt(row["prompt"], where), answers, (), where, margin)
     (prompt, chosen), (other, rejected) = (_split(_turns(row[name], where), where) for name in ("chosen", "rejected"))
-    return Example(prompt, (chosen, rejected), (), where) if prompt == other else None
+    return Example(prompt, (chosen, rejected), (), where, margin) if prompt == other else None
 
 
 def _completion(row: dict[str, Any], where: str) -> Example:

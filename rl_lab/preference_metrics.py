@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -133,8 +132,8 @@ def headline(report: dict[str, Any]) -> dict[str, float]:
     return {name: float(x) for name, x in means.items()}
 
 
-def save_report(folder: Path, report: dict[str, Any]) -> None:
-    """Write evaluation.json, and reliability.png: outcomes over probabilities, their 95 % intervals and counts."""
+def reliability_diagram(report: dict[str, Any], path: Path) -> None:
+    """Draw a report's calibration as PNG: outcomes over probabilities, their 95 % intervals and counts."""
     figure = Figure(figsize=(4, 4), layout="constrained")
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color="0.7", linewidth=1)
@@ -147,5 +146,4 @@ def save_report(folder: Path, report: dict[str, Any]) -> None:
     axes.set_title(f"expected calibration error {report['expected_calibration_error']:.3f}", fontsize=9)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=160, facecolor="white")
-    replace_file(folder / "reliability.png", buffer.getvalue())
-    replace_file(folder / "evaluation.json", json.dumps(report, indent=2).encode())
+    replace_file(path, buffer.getvalue())

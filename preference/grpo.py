@@ -26,7 +26,9 @@ both are counted in the log. Dropout is off.
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -35,12 +37,11 @@ import torch
 from torch import Tensor
 
 from rl_lab.cli import run
-from rl_lab.distributed import lasting, ranks, summed
+from rl_lab.distributed import lasting, ranks, summed, summed_table
 from rl_lab.generation import Sampler
-from rl_lab.language import Packed, Tree, autocast, micro_batches, pack, token_logprobs
+from rl_lab.language import Packed, Tree, micro_batches, pack, token_logprobs
 from rl_lab.language_training import LanguageArgs, LanguageRun, drawn, open_model
-from rl_lab.preference_data import place, read
-from rl_lab.tasks import Task, make, reward_function, score
+from rl_lab.tasks import rewarded, score, split
 
 CLIPS = {"dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4)}  # the papers'; (0.2, 0.2) for the others
 SCALED = ("grpo", "dapo", "bnpo", "gspo")  # whose advantages are divided by the group's deviation
@@ -81,7 +82,7 @@ class Args(LanguageArgs):
     clip_coef: float | None = None
     """eps; the default is the paper's of the loss"""
     clip_coef_high: float | None = None
-    """eps_high, likewise"""
+    """eps_high; the default is --clip-coef where that is given, else the paper's"""
     beta: float = 0.0
     """weight of the KL from the model at the start"""
     kl: Literal["k1", "k2", "k3"] = "k3"
@@ -97,18 +98,20 @@ class Args(LanguageArgs):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given = bool(self.prompts) and bool(self.reward)
-        self.require("task", bool(self.task) != given, "given, or else --prompts and --reward")
+        own = bool(self.prompts), bool(self.reward)
+        alone = own == ((False, False) if self.task else (True, True))
+        self.require("task", alone, "given without --prompts and --reward, or left out with both of them")
         self.require("group_size", self.group_size > 1, "2 or more: a group's mean is the baseline")
-        self.require("temperature", self.temperature > 0, "above 0")
+        self.require("temperature", 0 < self.temperature < math.inf, "finite and above 0")
         self.require("minibatches", self.prompts_per_step % self.minibatches == 0, "a divisor of --prompts-per-step")
-        weights = not self.reward_weights or len(self.reward_weights) == len(self.reward)
-        self.require("reward_weights", weights, f"{len(self.reward)} numbers, one for each --reward")
-        once = self.loss != "rloo" or not self.several
-        self.require("loss", once, "another with several --epochs or --minibatches: rloo has no ratio")
+        few = len(self.reward_weights) in (0, len(self.reward)) and all(map(math.isfinite, self.reward_weights))
+        self.require("reward_weights", few, f"{len(self.reward)} finite numbers, one for each --reward")
+        unclipped = not (self.several or self.clip_coef or self.clip_coef_high)
+        self.require("loss", self.loss != "rloo" or unclipped, "another to take several steps or to clip")
         low, high = self.holdout
         self.require("holdout", 0 <= low < high <= 1, "two numbers with 0 <= low < high <= 1")
-        self.require("beta", self.beta >= 0, "0 or more")
+        self.require("beta", 0 <= self.beta < math.inf, "finite and 0 or more")
+        self.require("kl", self.beta > 0 or self.kl == "k3", "left out without --beta")
 
     @property
     def several(self) -> bool:
@@ -117,23 +120,18 @@ class Args(LanguageArgs):
 
     @property
     def clips(self) -> tuple[float, float]:
+        """eps and eps_high."""
         low, high = CLIPS.get(self.loss, (0.2, 0.2))
         return self.clip_coef or low, self.clip_coef_high or self.clip_coef or high
 
 
 class Totals(NamedTuple):
-    """What a mean over all micro-batches and processes divides by.
+    """What means over all micro-batches and processes divide by."""
 
-    Attributes:
-        sequences, tokens: of the gradient step.
-        round_tokens: of the round, over its gradient steps.
-        longest: --max-new-tokens.
-    """
-
-    sequences: float
-    tokens: float
-    round_tokens: float
-    longest: int
+    sequences: float  # of the gradient step
+    tokens: float  # of the gradient step
+    round_tokens: float  # of the round, over its gradient steps
+    longest: int  # --max-new-tokens
 
 
 WEIGHTS: dict[str, Callable[[Tensor, Totals], Tensor]] = {  # of tokens (K,), by the lengths (K,) of their completions
@@ -146,9 +144,15 @@ WEIGHTS: dict[str, Callable[[Tensor, Totals], Tensor]] = {  # of tokens (K,), by
 }
 
 
+def all_equal(rewards: Tensor) -> Tensor:
+    """(P,) whether all rewards (P, G) of a group are equal, so that nothing can be learned from it."""
+    return (rewards == rewards[:, :1]).all(1)
+
+
 def group_advantages(rewards: Tensor, loss: str) -> Tensor:
     """(P, G) rewards of the groups to advantages; zero where all rewards of a group are equal."""
     centred = rewards - rewards.mean(1, keepdim=True)
+    centred = centred.masked_fill(all_equal(rewards)[:, None], 0.0)  # Adam would take a mean's rounding for a gradient
     if loss == "rloo":
         return centred * rewards.shape[1] / (rewards.shape[1] - 1)
     return centred / (rewards.std(1, keepdim=True) + 1e-4) if loss in SCALED else centred
@@ -163,129 +167,129 @@ def kl_estimate(new: Tensor, reference: Tensor, kind: str) -> Tensor:
 def loss(
     new: Tensor, old: Tensor, reference: Tensor | None, advantages: Tensor, packed: Packed, totals: Totals, args: Args
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """A micro-batch's part of the loss, and of the means that are logged.
-
-    Args:
-        new, old, reference: (K,) log-probabilities of the sampled tokens; reference None without KL in the loss.
-        advantages: (branches,) of the completions.
-    """
-    lengths = packed.lengths[packed.branch]
-    weights, log_ratio = WEIGHTS[args.loss](lengths, totals), new - old
+    """A micro-batch's part of the loss, and of the means that are logged, from log-probabilities (K,) of the sampled
+    tokens, the reference's None without KL, and advantages (branches,) of the completions."""
+    lengths, a, (low, high) = packed.lengths[packed.branch], advantages[packed.branch], args.clips
+    log_ratio = new - old
     if args.loss == "gspo":
         log_ratio = (packed.sums(log_ratio) / packed.lengths)[packed.branch]
-    ratio, a, (low, high) = log_ratio.exp(), advantages[packed.branch], args.clips
+    ratio, weights = log_ratio.exp(), WEIGHTS[args.loss](lengths, totals)
     assert ratio.shape == a.shape == weights.shape
     gain = new * a if args.loss == "rloo" else torch.minimum(ratio * a, ratio.clamp(1 - low, 1 + high) * a)
-    clipped = torch.where(a > 0, ratio > 1 + high, ratio < 1 - low)
+    clipped = torch.where(a > 0, ratio > 1 + high, (ratio < 1 - low) & (a < 0))
     metrics = {"clipfrac": clipped.sum() / totals.tokens}
     if reference is not None:
         kl = kl_estimate(new, reference, args.kl)
         metrics["kl"] = kl.detach().sum() / totals.tokens
-        gain = gain - args.beta * kl
-    return -(weights * gain).sum(), metrics
+        gain = gain if args.kl == "k1" else gain - args.beta * kl
+    total = -(weights * gain).sum()
+    return total, {"policy_loss": total.detach(), **metrics}
 
 
 class Part(NamedTuple):
-    """A micro-batch: which groups of the round it has, these in one row, and fixed log-probabilities (K,) if needed."""
+    """A micro-batch: whole groups in one row, with fixed log-probabilities (K,) of the sampled tokens."""
 
-    groups: list[int]
+    groups: list[int]  # their places in the round
     packed: Packed
-    old: Tensor | None
-    reference: Tensor | None
+    old: Tensor | None  # as they were sampled; None if the only gradient step has them itself
+    reference: Tensor | None  # of the model at the start; None without KL
+
+
+@torch.no_grad()
+def divided(model: Any, reference: Any, trees: list[Tree], places: range, args: Args) -> list[Part]:
+    """The micro-batches of a gradient step on the trees at these places."""
+    parts, scale = [], (args.temperature, args.bf16)
+    for group in micro_batches([trees[i] for i in places], args.micro_tokens):
+        groups = [places[i] for i in group]
+        packed = pack([trees[i] for i in groups], args.torch_device)
+        old = token_logprobs(model, packed, *scale) if args.several or args.kl == "k1" else None
+        parts.append(Part(groups, packed, old, token_logprobs(reference, packed, *scale) if reference else None))
+    return parts
+
+
+def learn(
+    run: LanguageRun, reference: Any, trees: list[Tree], rewards: Tensor, longest: int, args: Args
+) -> dict[str, float]:
+    """Every gradient step on a round of completions; returns means over them and over the tokens of all processes.
+
+    Args:
+        reference: the model at the start; None without KL.
+        trees, rewards: this process's share of the round, P prompts of G completions each, and (P, G).
+        longest: tokens of a completion at most.
+    """
+    size = len(trees) // args.minibatches
+    places = [range(i, i + size) for i in range(0, len(trees), size)]
+    minibatches = [divided(run.model, reference, trees, x, args) for x in places]
+    shaped = rewards.to(args.torch_device, copy=True)
+    for groups, packed, old, fixed in itertools.chain(*minibatches) if args.kl == "k1" else []:
+        assert old is not None and fixed is not None
+        shaped[groups] -= args.beta * packed.sums(kl_estimate(old, fixed, "k1")).view(len(groups), -1)
+    advantages = group_advantages(shaped, args.loss)
+    sizes = [[(len(x.packed.ends), len(x.packed.targets)) for x in parts] for parts in minibatches]
+    counts = torch.stack([torch.tensor(x, dtype=torch.float64).sum(0) for x in sizes])  # sequences, tokens
+    summed([counts])
+    metrics: dict[str, float] = {}
+
+    def losses(parts: list[Part], totals: Totals) -> Iterator[Tensor]:
+        for groups, packed, old, fixed in parts:
+            new = token_logprobs(run.model, packed, args.temperature, args.bf16)
+            old = new.detach() if old is None else old
+            value, found = loss(new, old, fixed, advantages[groups].flatten(), packed, totals, args)
+            for name, x in found.items():
+                metrics[name] = metrics.get(name, 0.0) + float(x) / (args.epochs * args.minibatches)
+            yield value
+
+    for _ in range(args.epochs):
+        for parts, (sequences, tokens) in zip(minibatches, counts.tolist(), strict=True):
+            norm = run.update(losses(parts, Totals(sequences, tokens, float(counts[:, 1].mean()), longest)))
+    return summed_table(metrics) | {"grad_norm": norm}
 
 
 def train(args: Args) -> LanguageRun:
     """Train a model; everything is in the run folder afterwards."""
     args = lasting(args)
-    if args.task:
-        task = make(args.task)
-        functions = [task.reward]
-    else:
-        functions = [reward_function(name) for name in args.reward]
-        task = Task([x.prompt for x in read(args.prompts, "prompts", "--prompts")[0]], functions[0], "", 128)
-    low, high = args.holdout
-    held_out = [x for x in task.prompts if low <= place(x) < high][: args.eval_prompts]
-    known = [x for x in task.prompts if not low <= place(x) < high]
-    args.require("holdout", bool(known and held_out), f"shares with prompts in and out, of {len(task.prompts)}")
-    weights = args.reward_weights or (1.0,) * len(functions)
-    rewards = list(zip(args.reward or (args.task,), functions, weights, strict=True))
-    longest, device = args.max_new_tokens or task.max_new_tokens, args.torch_device
+    rank, size = ranks()
+    shares = f"a multiple of --minibatches times torchrun's {size} ranks"
+    args.require("prompts_per_step", args.prompts_per_step % (args.minibatches * size) == 0, shares)
+    task, rewards = rewarded(args.task, args.prompts, args.reward, args.reward_weights)
+    held_out, known = split(task.prompts, args.holdout)
+    args.require("holdout", bool(held_out and known), f"shares with prompts in and out, of {len(task.prompts)}")
+    held_out, longest = held_out[: args.eval_prompts], args.max_new_tokens or task.max_new_tokens
 
     model, tokenizer = open_model(args)
-    rank, size = ranks()
     (generator,) = args.generators(rank)
     sample = Sampler(model, tokenizer, task.stop, longest, generator, args.bf16)
     reference = copy.deepcopy(model).requires_grad_(False) if args.beta else None
     before: float | None = None  # training, held-out reward
     run = LanguageRun(args, "grpo", model, tokenizer, generator, state=lambda: {"before": before})
-    if run.saved:
-        before = run.saved["more"]["before"]
-
-    def logprobs(model: Any, packed: Packed) -> Tensor:
-        with autocast(device, args.bf16):
-            return token_logprobs(model, packed, args.temperature)
-
-    def parts_of(trees: list[Tree], number: int) -> list[Part]:
-        """The micro-batches of gradient step `number` of an epoch."""
-        mine, parts = list(range(number, len(trees), args.minibatches)), []
-        for places in micro_batches([trees[i] for i in mine], args.micro_tokens):
-            groups = [mine[i] for i in places]
-            packed = pack([trees[i] for i in groups], device)
-            with torch.no_grad():
-                old = logprobs(model, packed) if args.several or (reference and args.kl == "k1") else None
-                fixed = logprobs(reference, packed) if reference else None
-            parts.append(Part(groups, packed, old, fixed))
-        return parts
-
-    def losses(parts: list[Part], advantages: Tensor, totals: Totals, metrics: dict[str, float]) -> Iterator[Tensor]:
-        for groups, packed, old, fixed in parts:
-            new, chosen = logprobs(model, packed), advantages[groups].flatten()
-            fixed = None if args.kl == "k1" else fixed
-            value, found = loss(new, new.detach() if old is None else old, fixed, chosen, packed, totals, args)
-            for name, x in {"policy_loss": value.detach(), **found}.items():
-                metrics[name] = metrics.get(name, 0.0) + float(x) / (args.epochs * args.minibatches)
-            yield value
+    before = run.saved["more"]["before"] if run.saved else None
 
     def evaluate() -> float:
         """Mean reward of greedy answers to the held-out prompts."""
-        batches = [held_out[i : i + 64] for i in range(0, len(held_out), 64)]
-        return sum(float(score(rewards, batch, sample(batch, 1, 0.0)[1]).sum()) for batch in batches) / len(held_out)
+        texts = sample.greedy(mine := held_out[rank::size])
+        with run.resumable():
+            total = float(score(rewards, mine, texts).sum())
+        return summed_table({"reward": total})["reward"] / len(held_out)
 
     if before is None and run.iteration == 0:
         before = evaluate()
+    note = functools.cache(print)  # once
     for step in run.steps():
-        random = generator.get_state()
         prompts = [known[i] for i in drawn(len(known), args.prompts_per_step, args.seed, step)][rank::size]
-        trees, texts, cut = sample(prompts, args.group_size, args.temperature)
-        try:
+        with run.resumable(unchanged=True):
+            trees, texts, cut = sample(prompts, args.group_size, args.temperature)
             values = score(rewards, [x for x in prompts for _ in range(args.group_size)], texts).view(len(trees), -1)
-        except ValueError as error:
-            generator.set_state(random)
-            run.checkpoint()
-            raise ValueError(f"{error}; checkpointed at step {step}: --resume {run.logs.folders[0]}") from error
-        minibatches = [parts_of(trees, number) for number in range(args.minibatches)]
-        shaped = values.to(device, copy=True)
-        if reference and args.kl == "k1":
-            for groups, packed, old, fixed in itertools.chain(*minibatches):
-                assert old is not None and fixed is not None
-                shaped[groups] -= args.beta * packed.sums(kl_estimate(old, fixed, "k1")).view(len(groups), -1)
-        advantages = group_advantages(shaped, args.loss)
-        sizes = [[(len(part.packed.ends), len(part.packed.targets)) for part in parts] for parts in minibatches]
-        counts = torch.stack([torch.tensor(x, dtype=torch.float32).sum(0) for x in sizes])  # sequences, tokens
-        summed([counts])
-        metrics: dict[str, float] = {}
-        for _ in range(args.epochs):
-            for parts, (sequences, tokens) in zip(minibatches, counts.tolist(), strict=True):
-                totals = Totals(sequences, tokens, float(counts[:, 1].mean()), longest)
-                metrics["grad_norm"] = run.update(losses(parts, advantages, totals, metrics))
+        metrics = learn(run, reference, trees, values, longest, args)
 
-        reward, equal = float(values.mean()), float((values.std(1) == 0).float().mean())
-        table = {f"losses/{name}": x for name, x in metrics.items()}
-        table |= {"charts/reward": reward, "charts/equal_groups": equal, "charts/cut": float(cut.float().mean())}
-        table["charts/length"] = sum(len(x) for tree in trees for x in tree.branches) / len(texts)
+        lengths = torch.tensor([len(x) for tree in trees for x in tree.branches])
+        charts = {"reward": values, "equal_groups": all_equal(values), "cut": cut, "length": lengths}
+        means = summed_table({f"charts/{name}": float(x.float().mean()) / size for name, x in charts.items()})
+        table = means | {f"losses/{name}": x for name, x in metrics.items()}
+        if means["charts/cut"] > 0.5:
+            note(f"note: more than half of the completions were cut at --max-new-tokens {longest}")
         if run.evaluation_due:
             table["eval/reward"] = evaluate()
-        run.log(table, f"reward {reward:.3f}")
+        run.log(table, f"reward {means['charts/reward']:.3f}")
     after = evaluate()
     result = {"held_out": len(held_out), "before": before, "after": after, "seconds": round(run.elapsed, 1)}
     run.finish(f"reward of {len(held_out)} held-out prompts, greedy: {before:.3f} before, {after:.3f} after", result)

@@ -36,7 +36,8 @@ _POSITIVE = ("finite and above 0", lambda x: 0 < x < math.inf)
 _WEIGHT = ("finite and 0 or more", lambda x: 0 <= x < math.inf)
 _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {  # of settings that algorithms share
     **dict.fromkeys(("gamma", "gae_lambda", "tau", "start_e", "end_e", "priority_alpha", "priority_beta"), _UNIT),
-    **dict.fromkeys(("learning_rate", "clip_coef", "max_grad_norm", "target_kl", "exploration_fraction"), _POSITIVE),
+    **dict.fromkeys(("learning_rate", "clip_coef", "clip_coef_high", "max_grad_norm", "target_kl"), _POSITIVE),
+    "exploration_fraction": _POSITIVE,
     **dict.fromkeys(("ent_coef", "vf_coef"), _WEIGHT),
 }
 

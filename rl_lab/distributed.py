@@ -76,6 +76,13 @@ def summed(tensors: Sequence[Tensor]) -> None:
             x.copy_(part.view_as(x))
 
 
+def summed_table(table: dict[str, float]) -> dict[str, float]:
+    """Each number of a table summed over the ranks, whose tables have the same names in the same order."""
+    numbers = torch.tensor(list(table.values()), dtype=torch.float64)
+    summed([numbers])
+    return dict(zip(table, numbers.tolist(), strict=True))
+
+
 def averaged(function: Callable[..., Any], key: object, compile: bool) -> tuple[Callable[..., Any], bool]:
     """`function` with its output, a tree of float32 tensors, averaged over the ranks.
 

@@ -254,9 +254,10 @@ def logits(model: Any, packed: Packed) -> Tensor:
     return model(**packed.inputs, use_cache=False).logits[0].float()  # type: ignore[no-any-return]
 
 
-def token_logprobs(model: Any, packed: Packed, temperature: float = 1.0) -> Tensor:
+def token_logprobs(model: Any, packed: Packed, temperature: float = 1.0, bf16: bool = False) -> Tensor:
     """(K,) float32 log-probabilities of the scored tokens at the temperature that they are sampled at."""
-    scores = logits(model, packed) / temperature
+    with autocast(packed.targets.device, bf16):
+        scores = logits(model, packed) / temperature
     return scores.gather(1, packed.targets[:, None]).squeeze(1) - scores.logsumexp(1)
 
 

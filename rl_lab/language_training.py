@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -188,7 +189,7 @@ class LanguageRun(BaseRun):
     def _load_moments(self, moments: dict[str, dict[str, Tensor]]) -> None:
         for name, p in self.trained.items():
             for kind, x in moments[name].items():
-                self.optimizer.state[p][kind] = x.to(p.device) if kind != "step" else x
+                self.optimizer.state[p][kind] = x.to(p.device)  # "step" too, as the fused one keeps it there
 
     def steps(self) -> Iterator[int]:
         """The gradient steps to do."""
@@ -240,6 +241,26 @@ class LanguageRun(BaseRun):
         means = torch.stack(list(sums.values())) / count
         summed([means])
         return {**dict(zip(sums, means.tolist(), strict=True)), "losses/grad_norm": norm}
+
+    @contextlib.contextmanager
+    def resumable(self, unchanged: bool = False) -> Iterator[None]:
+        """Around functions of the user: if one fails, say how to go on from the last checkpoint.
+
+        Args:
+            unchanged: nothing is since the running step began, and by what is done here only the generator: the
+                checkpoint is made then.
+        Raises:
+            ValueError: with how to go on, for a ValueError.
+        """
+        random = self.generator.get_state()
+        try:
+            yield
+        except ValueError as error:
+            if unchanged:
+                self.generator.set_state(random)
+                self.checkpoint()
+            how = f"checkpointed at step {self.checkpointed}; continue with --resume {self.logs.folders[0]}"
+            raise ValueError(f"{error}; {how}") from error
 
     def log(self, metrics: dict[str, float], extra: str = "") -> None:
         """Log a gradient step. FloatingPointError if a loss is not finite."""

@@ -39,6 +39,11 @@ from rl_lab.checkpoint import replace_file
 _gzip_member = functools.partial(gzip.compress, compresslevel=1, mtime=0)  # no time stamp: equal rows, equal bytes
 
 
+def rate(sps: float) -> float:
+    """Steps per second as they are logged: whole, as CleanRL does, but below 10 with two significant digits."""
+    return float(int(sps)) if sps >= 10 else float(f"{sps:.2g}")
+
+
 def run_name(env_id: str, algo: str, seed: int, when: int) -> str:
     """The name of a run's folder; `when` in unix seconds."""
     return f"{re.sub('[/:]', '-', env_id)}__{algo}__{seed}__{when}"
@@ -208,7 +213,8 @@ class Progress:
 
     def _show(self, step: int, sps: float, returns: Sequence[float], extra: str) -> None:
         left = timedelta(seconds=int((self._total - step) * self._seeds / sps)) if sps > 0 else "?"
-        parts = [f"{step:,}/{self._total:,} steps, {step / self._total:.0%}, {sps:,.0f} SPS, {left} left"]
+        speed = f"{sps:,.0f}" if sps >= 10 else f"{rate(sps):g}"
+        parts = [f"{step:,}/{self._total:,} steps, {step / self._total:.0%}, {speed} SPS, {left} left"]
         known = sorted(value for value in returns if not math.isnan(value))
         if known:
             middle = known[len(known) // 4 : len(known) - len(known) // 4]  # for the interquartile mean

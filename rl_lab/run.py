@@ -17,7 +17,7 @@ from torch.func import vmap
 from rl_lab import checkpoint
 from rl_lab.cli import BaseArgs, RunArgs, Stopped
 from rl_lab.episodes import evaluate
-from rl_lab.log import Progress, RunLog
+from rl_lab.log import Progress, RunLog, rate
 from rl_lab.rollout import merge_seeds, split_seeds
 from rl_lab.vector import VectorEnv
 
@@ -141,7 +141,7 @@ class BaseRun:
         sps = self.end / (time.monotonic() - self.started)
         for index in range(len(self.args.seeds)):
             row = {name: x[index] for name, x in metrics.items()}
-            self.logs.scalars(index, self.end, {**row, "charts/SPS": float(int(sps))})
+            self.logs.scalars(index, self.end, {**row, "charts/SPS": rate(sps)})
         if time.monotonic() - self.flushed > FLUSH_EVERY:
             try:
                 self.logs.flush()

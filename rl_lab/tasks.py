@@ -15,8 +15,10 @@ from __future__ import annotations
 import ast
 import importlib
 import itertools
+import operator
 import random
 import re
+import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -26,7 +28,7 @@ import torch
 from torch import Tensor
 
 from rl_lab.language import Prompt
-from rl_lab.preference_data import read_lines
+from rl_lab.preference_data import place, read, read_lines
 
 Reward = Callable[[list[Prompt], list[str]], list[float]]  # of completions, one number each
 
@@ -68,13 +70,33 @@ def make(name: str) -> Task:
     return Task([begin + problem for problem in rest], reward, "\n", tokens)
 
 
+def rewarded(
+    task: str, prompts: str, names: Sequence[str], weights: Sequence[float]
+) -> tuple[Task, list[tuple[str, Reward, float]]]:
+    """A task by its name, or else of prompts to be read; and its rewards: names, functions and weights."""
+    if task:
+        made = make(task)
+        return made, [(task, made.reward, 1.0)]
+    functions = [reward_function(name) for name in names]
+    found = [x.prompt for x in read(prompts, "prompts", "--prompts")[0]]
+    return Task(found, functions[0], "", 128), list(zip(names, functions, weights or (1.0,) * len(names), strict=True))
+
+
+def split(prompts: Sequence[Prompt], share: tuple[float, float]) -> tuple[list[Prompt], list[Prompt]]:
+    """The prompts whose place lies in [share[0], share[1]), and the others; equal prompts stay together."""
+    held = [share[0] <= place(prompt) < share[1] for prompt in prompts]
+    return list(itertools.compress(prompts, held)), [x for x, out in zip(prompts, held, strict=True) if not out]
+
+
 def reward_function(name: str) -> Reward:
     """The function that --reward names. ValueError if there is none."""
     module, _, function = name.partition(":")
     try:
         found: Reward = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"--reward {name}: {error}; it names a function as module:function") from None
+    except Exception as error:  # importing runs the user's code
+        raise ValueError(f"--reward {name}: {first_line(error)}; it names a function as module:function") from error
+    if not callable(found):
+        raise ValueError(f"--reward {name}: a {type(found).__name__}; it names a function as module:function")
     return found
 
 
@@ -83,9 +105,14 @@ def score(rewards: Sequence[tuple[str, Reward, float]], prompts: list[Prompt], t
     total = torch.zeros(len(texts))
     for name, function, weight in rewards:
         try:
-            numbers = torch.tensor(function(prompts, texts), dtype=torch.float32)
+            found = function(prompts, texts)
         except Exception as error:  # it is the user's code
-            raise ValueError(f"reward {name} failed with {type(error).__name__}: {error}") from error
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            raise ValueError(f"reward {name} failed at {where.filename}:{where.lineno}: {first_line(error)}") from error
+        try:
+            numbers = torch.as_tensor(found, dtype=torch.float32, device="cpu").detach()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"reward {name} gave no list of numbers: {first_line(error)}") from None
         if numbers.shape != total.shape:
             raise ValueError(f"reward {name} gave {tuple(numbers.shape)} numbers for {len(texts)} completions")
         if not numbers.isfinite().all():
@@ -93,6 +120,11 @@ def score(rewards: Sequence[tuple[str, Reward, float]], prompts: list[Prompt], t
             raise ValueError(f"reward {name} gave {float(numbers[index])} for the completion {texts[index]!r:.200}")
         total += weight * numbers
     return total
+
+
+def first_line(error: Exception) -> str:
+    """The kind of an error and what it says first."""
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 Answer = tuple[str, tuple[int, ...]]  # a right one, and the numbers to use if there are others
@@ -106,7 +138,7 @@ def _right(completion: str, wanted: str, numbers: tuple[int, ...]) -> bool:
 
 def _value(expression: str, numbers: tuple[int, ...]) -> Fraction | None:
     """What an expression of these numbers, each used once, is worth; None if it is no such expression."""
-    if len(expression) > 100:
+    if not re.fullmatch("[0-9 +*/()-]{1,100}", expression):
         return None
     try:
         tree = ast.parse(expression, mode="eval")
@@ -149,17 +181,15 @@ def _addition() -> dict[str, Answer]:
 
 
 def _countdown() -> dict[str, Answer]:
-    draw = random.Random(0)
     problems: dict[str, Answer] = {}
-    while len(problems) < 5000:
-        numbers = tuple(draw.randint(1, 12) for _ in range(3))
-        signs = draw.choices("+-*", k=2)
-        expression = f"{numbers[0]} {signs[0]} {numbers[1]} {signs[1]} {numbers[2]}"
-        target = _value(expression, numbers)
-        if target is not None and 0 < target <= 200:
-            given = " ".join(map(str, sorted(numbers)))
-            problems.setdefault(f"{given} make {target}:", (expression, numbers))
-    return problems
+    signs: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+    for given in itertools.combinations_with_replacement(range(1, 13), 3):
+        for (a, b, c), first, second in itertools.product(itertools.permutations(given), signs, signs):
+            target = signs[first](a, b * c) if second == "*" else signs[second](signs[first](a, b), c)
+            if 0 < target <= 200:
+                answer = f"{a} {first} {b} {second} {c}", given
+                problems.setdefault(f"{' '.join(map(str, given))} make {target}:", answer)
+    return _shuffled(problems)
 
 
 _LINES: dict[str, tuple[Callable[[], dict[str, Answer]], int]] = {
@@ -175,7 +205,9 @@ def _gsm8k(path: str) -> Task:
         question, answer = (row.get(key) if isinstance(row, dict) else None for key in ("question", "answer"))
         if not isinstance(question, str) or not isinstance(answer, str) or "####" not in answer:
             raise ValueError(f"{where}: a line of GSM8K has a question and an answer with ####")
-        answers[question] = answer.rpartition("####")[2].strip().replace(",", "")
+        answers[question] = _last_number(answer.rpartition("####")[2])
+        if not answers[question]:
+            raise ValueError(f"{where}: no number after ####")
     if not answers:
         raise ValueError(f"--task gsm8k:{path}: it holds no problems")
 
@@ -188,6 +220,7 @@ def _gsm8k(path: str) -> Task:
 
 
 def _last_number(text: str) -> str:
-    """The last number in a text, written as GSM8K's answers are."""
-    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
-    return found[-1].replace(",", "").removesuffix(".00").removesuffix(".0") if found else ""
+    """The last number in a text, without separators of thousands and zeros that say nothing; "" if there is none."""
+    found = re.findall(r"(?:(?<![0-9])-)?[0-9][0-9,]*(?:\.[0-9]+)?", text)  # in 7-5 the last one is 5
+    number: str = found[-1].replace(",", "") if found else ""
+    return number.rstrip("0").removesuffix(".") if "." in number else number

@@ -245,7 +245,8 @@ def pairs_of(model: Any, reference: Any, trees: list[Tree], known: Tensor | None
     logps = packed.sums(scores.gather(1, packed.targets[:, None]).squeeze(1) - scores.logsumexp(1))
     kls = None if start is None else sequential_kls(scores, start, packed)
     numbers = (logps, known, packed.lengths, kls)  # each (2 B,), chosen and rejected in turn
-    return Pairs(*(side for x in numbers for side in ((None, None) if x is None else x.view(-1, 2).unbind(1))))
+    sides = [side for x in numbers for side in ((None, None) if x is None else x.view(-1, 2).unbind(1))]
+    return Pairs(*sides)  # type: ignore[arg-type]
 
 
 def measures(pairs: Pairs, args: Args) -> dict[str, Tensor]:

@@ -17,8 +17,8 @@ Of the family (`LOSSES` has their functions, `SETTINGS` their hyper-parameters):
     tdpo1, tdpo2   Zeng et al. 2024, arXiv:2404.11999, section 4
 
 Differs from the papers: IPO takes averages over tokens, as its authors did; hinge takes ratios to the reference and no
-likelihood term, as TRL; ORPO's odds are bounded where a completion is certain. The tables are in docs/dpo.md. Dropout
-is off, in the policy as in the reference; nothing is truncated.
+likelihood term, as TRL; ORPO's odds are bounded where a completion is certain. Dropout is off, in the policy as in the
+reference; nothing is truncated. The tables are in docs/dpo.md.
 
     python -m rl_lab.dpo --model smollm2-135m --data pairs.jsonl        expected results: docs/dpo.md
 """
@@ -242,10 +242,10 @@ def pairs_of(model: Any, reference: Any, trees: list[Tree], known: Tensor | None
         scores = logits(model, packed)
         with torch.no_grad():
             start = logits(reference, packed) if reference else None
-    logps = packed.sums(scores.gather(1, packed.targets[:, None]).squeeze(1) - scores.logsumexp(1)).view(-1, 2)
-    sides: list[Tensor | None] = [*logps.unbind(1), *(known.unbind(1) if known is not None else (None, None))]
-    sides += packed.lengths.view(-1, 2).unbind(1)
-    sides += () if start is None else sequential_kls(scores, start, packed).view(-1, 2).unbind(1)
+    logps = packed.sums(scores.gather(1, packed.targets[:, None]).squeeze(1) - scores.logsumexp(1))
+    kls = None if start is None else sequential_kls(scores, start, packed)
+    numbers = (logps, known, packed.lengths, kls)  # each (2 B,), chosen and rejected in turn
+    sides = [side for x in numbers for side in ((None, None) if x is None else x.view(-1, 2).unbind(1))]
     return Pairs(*sides)  # type: ignore[arg-type]
 
 
@@ -299,8 +299,8 @@ def train(args: Args) -> LanguageRun:
             metrics |= {"eval/loss": report["losses_loss"], "eval/accuracy": report["accuracy"]["mean"]}
         run.log(metrics, f"loss {metrics['losses/loss']:.4f}, accuracy {metrics['rewards/accuracy']:.2f}")
     report = evaluate() | {"seconds": round(run.elapsed, 1)}
-    told = "{mean:.3f} [{low:.3f}, {high:.3f}]"
-    shares = told.format(**report["accuracy"]), told.format(**report["length_baseline"])
+    form = "{mean:.3f} [{low:.3f}, {high:.3f}]"
+    shares = form.format(**report["accuracy"]), form.format(**report["length_baseline"])
     run.finish(f"accuracy on {len(held_out)} held-out pairs {shares[0]}, of taking the longer one {shares[1]}", report)
     return run
 

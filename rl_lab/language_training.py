@@ -227,7 +227,7 @@ class LanguageRun(BaseRun):
 
         Args:
             parts: measures of micro-batches, each (B,) with a number for every example.
-            count: examples of all micro-batches of all processes.
+            count: examples of all micro-batches of all processes; their tokens, where numbers are sums over these.
         """
         sums: dict[str, Tensor] = {}
 

@@ -1,4 +1,5 @@
-"""Sampling from a language model: a prompt is computed once, whatever number of completions it gets."""
+"""Sampling from a language model: a prompt is computed once, whatever number of completions it gets; and what all
+prompts begin with is computed once for all of them."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rl_lab.language import Tokens
+from rl_lab.language import Prompt, Tokens, Tree, autocast, common_prefix, encode_prompt
 from rl_lab.rollout import Rollout
 
 
@@ -36,18 +37,24 @@ def generate(
         terminated, truncated: (N * group_size,) bool, whether it ended by itself, or was cut.
     """
     device, count = generator.device, len(prompts) * group_size
-    longest = max(map(len, prompts))
-    # Padded on the left, so that the next token of all has the same place; positions count from the prompt's begin.
-    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    shared, longest = min(common_prefix(prompts), min(map(len, prompts)) - 1), max(map(len, prompts))
+    # Padded behind what they share, so that the next token of all has the same place; positions do not count padding.
+    pads = [longest - len(prompt) for prompt in prompts]
+    ids = torch.tensor([[0] * pad + x[shared:] for pad, x in zip(pads, prompts, strict=True)], device=device)
+    mask = torch.tensor([[1] * shared + [0] * pad + [1] * (longest - shared - pad) for pad in pads], device=device)
+    positions = (mask.cumsum(1)[:, shared:] - 1).clamp(min=0)
     ends = torch.tensor(sorted(set(eos_ids)), device=device)
     actions = torch.zeros(max_new_tokens, count, dtype=torch.int64, device=device)
     alive = torch.zeros(max_new_tokens, count, dtype=torch.bool, device=device)
     rows = torch.arange(count, device=device)  # of those that are computed: the ones that have not ended, and some more
     running = torch.ones(count, dtype=torch.bool, device=device)
 
-    out = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
+    given: dict[str, Any] = {"attention_mask": mask, "position_ids": positions, "use_cache": True, "logits_to_keep": 1}
+    if shared:
+        cache = model(input_ids=torch.tensor([prompts[0][:shared]], device=device), logits_to_keep=1).past_key_values
+        cache.batch_repeat_interleave(len(prompts))
+        given["past_key_values"] = cache
+    out = model(input_ids=ids, **given)
     cache, scores = out.past_key_values, out.logits[:, -1].repeat_interleave(group_size, 0)
     cache.batch_repeat_interleave(group_size)
     mask, positions = (x.repeat_interleave(group_size, 0) for x in (mask, positions[:, -1:]))
@@ -89,3 +96,37 @@ def completions(rollout: Rollout) -> list[Tokens]:
     """The tokens of each completion, with the one that ended it."""
     tokens, alive = rollout["actions"].T, rollout["alive"].T
     return [row[mask].tolist() for row, mask in zip(tokens, alive, strict=True)]
+
+
+class Sampler:
+    """Completes prompts with a model, as text and as trees.
+
+    Args:
+        stop: a text that ends a completion, besides the model's EOS tokens; "" for none.
+        longest: tokens of a completion at most.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, stop: str, longest: int, generator: torch.Generator, bf16: bool
+    ) -> None:
+        self.model, self.tokenizer, self.stop, self.longest = model, tokenizer, stop, longest
+        self.generator, self.bf16 = generator, bf16
+        ends = model.generation_config.eos_token_id
+        ids = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [] if ends is None else [ends])}
+        if stop:  # which may be a part of many tokens
+            texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+            ids |= {i for i, text in enumerate(texts) if stop in text}
+        self.eos_ids = sorted(ids)
+
+    def __call__(
+        self, prompts: list[Prompt], group_size: int, temperature: float
+    ) -> tuple[list[Tree], list[str], Tensor]:
+        """The prompts' trees of `group_size` branches each, all completions as text, and whether each was cut."""
+        ids = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
+        with autocast(self.generator.device, self.bf16):
+            rollout = generate(self.model, ids, group_size, self.longest, temperature, self.eos_ids, self.generator)
+        tokens = completions(rollout)
+        groups = (tuple(tokens[i : i + group_size]) for i in range(0, len(tokens), group_size))
+        texts = [self.tokenizer.decode(x, skip_special_tokens=True) for x in tokens]
+        texts = [text.partition(self.stop)[0] if self.stop else text for text in texts]
+        return [Tree(x, group) for x, group in zip(ids, groups, strict=True)], texts, rollout["truncated"]

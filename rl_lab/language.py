@@ -2,8 +2,8 @@
 
 Models and tokenizers are those of Hugging Face's transformers; no code from a model's repository is run. A prompt with
 its completions is a `Tree`: the prompt is computed once for all of them. Several trees make one row of tokens, each
-token seeing its own branch and the prompt before it, at the positions it has there: nothing is padded, and logits are
-computed only where a completion's token is predicted.
+token seeing its own branch and the prompt before it, at the positions it has there: nothing is padded, what all prompts
+begin with is computed once, and logits only where a completion's token is predicted.
 """
 
 from __future__ import annotations
@@ -177,21 +177,27 @@ def encode_completion(tokenizer: Any, text: str) -> Tokens:
     return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
 
 
+def common_prefix(prompts: Sequence[Tokens]) -> int:
+    """How many tokens all prompts begin with, such as a system message or worked examples."""
+    first, last = min(prompts), max(prompts)  # in the order of words, all others lie between
+    return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+
+
 def pack(trees: Sequence[Tree], device: torch.device | str = "cpu") -> Packed:
-    """Trees side by side in one row. Every prompt has at least one token, and every branch."""
-    ids: Tokens = []
-    positions: list[int] = []
-    tree: list[int] = []
-    segment: list[int] = []  # -1 in a prompt, else the branch
+    """Trees in one row, behind what all their prompts begin with. Prompts and branches have at least one token each."""
+    shared = common_prefix([tree.prompt for tree in trees])
+    ids = trees[0].prompt[:shared]
+    positions = list(range(shared))
+    tree, segment = [-1] * shared, [-1] * shared  # the tree, -1 in what they share; the branch, -1 in a prompt
     places: list[int] = []
     targets: Tokens = []
     branch: list[int] = []
     ends: list[int] = []
     for number, (prompt, branches) in enumerate(trees):
-        ids += prompt
-        positions += range(len(prompt))
-        segment += [-1] * len(prompt)
-        last = len(ids) - 1
+        ids += prompt[shared:]
+        positions += range(shared, len(prompt))
+        segment += [-1] * (len(prompt) - shared)
+        last = len(ids) - 1 if len(prompt) > shared else shared - 1
         for tokens in branches:
             first = len(ids)
             places += [last, *range(first, first + len(tokens) - 1)]
@@ -203,7 +209,8 @@ def pack(trees: Sequence[Tree], device: torch.device | str = "cpu") -> Packed:
             ends.append(len(ids) - 1)
         tree += [number] * (len(ids) - len(tree))
     row, kind, part = (torch.tensor(x, device=device) for x in (range(len(ids)), tree, segment))
-    mask = (row[:, None] >= row) & (kind[:, None] == kind) & ((part == -1) | (part[:, None] == part))
+    below = (kind[:, None] == kind) & ((part == -1) | (part[:, None] == part))
+    mask = (row[:, None] >= row) & ((kind == -1) | below)
     inputs = {
         "input_ids": torch.tensor([ids], device=device),
         "position_ids": torch.tensor([positions], device=device),

@@ -70,10 +70,10 @@ def mlp(
     return x
 
 
-def q_values(critics: Params, obs: Tensor, taken: Tensor) -> Tensor:
+def q_values(critics: Params, obs: Tensor, taken: Tensor, num_layers: int = 3) -> Tensor:
     """Q of each of E critics, whose parameters have a leading axis E: (B, *obs) and (B, *shape) -> (E, B)."""
     inputs = torch.cat([obs.flatten(1).float(), taken.flatten(1)], 1)
-    q: Tensor = vmap(lambda critic: mlp(critic, "critic", inputs, activation=torch.relu))(critics)
+    q: Tensor = vmap(lambda critic: mlp(critic, "critic", inputs, num_layers, torch.relu))(critics)
     return q.squeeze(2)
 
 

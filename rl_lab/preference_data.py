@@ -59,7 +59,7 @@ def read(data: str, kind: str, flag: str = "--data") -> tuple[list[Example], lis
     Raises:
         ValueError: if it cannot be read or is empty, or for a line that is no such example; the line is named.
     """
-    rows = _file_rows(Path(data), flag) if Path(data).exists() or _is_file_name(data) else _hub_rows(data, flag)
+    rows = read_lines(data, flag) if Path(data).exists() or _is_file_name(data) else _hub_rows(data, flag)
     examples, left_out = [], []
     for where, row in rows:
         example = _example(row, kind, where)
@@ -76,7 +76,9 @@ def _is_file_name(data: str) -> bool:
     return data.endswith((".jsonl", ".jsonl.gz", ".json")) or data.startswith((".", "/"))
 
 
-def _file_rows(path: Path, flag: str) -> Iterator[tuple[str, Any]]:
+def read_lines(data: str, flag: str) -> Iterator[tuple[str, Any]]:
+    """What each line of a .jsonl or .jsonl.gz file holds, behind its file and line. ValueError names either."""
+    path = Path(data)
     try:
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
             for number, line in enumerate(file, 1):

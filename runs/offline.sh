@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Reproduce the offline results in the README: runs/offline.sh [TASK-SET...], such as hopper-medium-replay.
 # The data sets are the lab's own, made by runs/make_offline_data.sh. Every algorithm on every set is a step of its own:
-# skipped if its results are kept, resumed if it was interrupted. STEPS and SEEDS change the budget.
+# skipped if its results are kept, resumed if it was interrupted. STEPS and SEEDS change the budget, ALGORITHMS="bc awac"
+# what learns.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
@@ -19,6 +20,7 @@ for name in "${sets[@]}"; do
     task=${name%%-*} set=${name#*-}
     algorithms=(bc iql td3_bc)
     [[ $name == hopper-medium-replay || $name == walker2d-medium-replay ]] && algorithms+=(cql)
+    [[ -z ${ALGORITHMS:-} ]] || read -ra algorithms <<< "$ALGORITHMS"
     for algo in "${algorithms[@]}"; do
         echo "=== $algo on lab/$task/$set-v0"
         if compgen -G "runs/results/offline/lab-$task-$set-v0/${algo}__*.csv.gz" > /dev/null; then

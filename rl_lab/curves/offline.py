@@ -31,7 +31,7 @@ from rl_lab.curves.compare import Equivalence, declared_margin, equivalence, in_
 from rl_lab.curves.statistics import Floats
 from rl_lab.curves.summary import RESULTS, insert, interval, keep
 
-NAMES = {"bc": "BC", "td3_bc": "TD3+BC", "iql": "IQL", "cql": "CQL"}
+NAMES = {"bc": "BC", "td3_bc": "TD3+BC", "iql": "IQL", "cql": "CQL", "awac": "AWAC"}
 FOLDER = RESULTS / "offline"
 READING = """
 
@@ -83,17 +83,23 @@ def published() -> dict[tuple[str, str], str]:
 
 
 def table(results: dict[str, dict[str, Cell]]) -> str:
-    """Markdown: a row for each data set, and how to read them."""
-    rows, theirs = [["data set", *NAMES.values()], ["---", *["---:"] * len(NAMES)]], published()
+    """Markdown: a row for each data set, a column for each algorithm with results, and how to read them."""
+    shown, theirs = algorithms(results), published()
+    rows = [["data set", *(NAMES[algo] for algo in shown)], ["---", *["---:"] * len(shown)]]
     for data, row in results.items():
         cells = [data]
         task = data.removeprefix("lab-").rpartition("-v")[0]
-        for algo in NAMES:
+        for algo in shown:
             known = theirs.get((algo, f"{task}-v2"))
             bracket = f" ({float(known):.1f})" if known else ""
             cells.append((_cell(row[algo]) if algo in row else "–") + bracket)
         rows.append(cells)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows) + READING
+
+
+def algorithms(results: dict[str, dict[str, Cell]]) -> list[str]:
+    """Those with results on some data set."""
+    return [algo for algo in NAMES if any(algo in row for row in results.values())]
 
 
 def _cell(cell: Cell) -> str:
@@ -105,7 +111,7 @@ def _cell(cell: Cell) -> str:
 
 def draw(results: dict[str, dict[str, Cell]]) -> Figure:
     """Scores of single seeds and their IQM with its interval, a row for each data set."""
-    colours = dict(zip(NAMES, ("#6b7280", "#e08214", "#2f7de1", "#1b9e77"), strict=True))
+    colours = dict(zip(NAMES, ("#6b7280", "#e08214", "#2f7de1", "#1b9e77", "#984ea3"), strict=True))
     with matplotlib.rc_context(plot.STYLE):
         figure = Figure(figsize=(8.0, 1.2 + 0.55 * len(results)), layout="constrained")
         axes = figure.subplots()
@@ -115,7 +121,7 @@ def draw(results: dict[str, dict[str, Cell]]) -> Figure:
                 iqm, low, high = map(float, interval(cell.scores))
                 axes.plot(cell.scores, np.full(len(cell.scores), place), "|", color=colours[algo], alpha=0.6)
                 axes.errorbar(iqm, place, xerr=[[iqm - low], [high - iqm]], fmt="o", markersize=4, color=colours[algo])
-        for algo in [a for a in NAMES if any(a in row for row in results.values())]:
+        for algo in algorithms(results):
             axes.plot([], [], "o", color=colours[algo], label=NAMES[algo])
         axes.set_yticks(range(len(results)), list(results))
         axes.invert_yaxis()

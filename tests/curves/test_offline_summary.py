@@ -48,11 +48,13 @@ def test_scores_and_verdicts(tmp_path: Path) -> None:
 
 
 def test_sets_without_bc_or_a_published_figure_are_shown(tmp_path: Path) -> None:
+    """And an algorithm without results is not."""
     keep(tmp_path, "iql", [10.0, 20.0], name="my-own-v3")
     keep(tmp_path, "bc", [10.0], name="one-seed-v0")
     results = offline.judge_all(tmp_path)
     assert results["my-own-v3"]["iql"].test is None
     lines = offline.table(results).splitlines()
+    assert lines[:2] == ["| data set | BC | IQL |", "| --- | ---: | ---: |"]
     assert lines[2].startswith("| my-own-v3 | – |") and lines[3].startswith("| one-seed-v0 | 10.0, 1 × 50k |")
     assert png(offline.draw(results)).startswith(b"\x89PNG")
 

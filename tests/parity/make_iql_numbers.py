@@ -67,7 +67,7 @@ def classes(script: Path, wanted: set[str]) -> SimpleNamespace:
 
     body = [node for node in ast.parse(script.read_text()).body if name(node) in wanted]
     scope: dict[str, Any] = {"torch": torch, "nn": nn, "F": F, "np": np, "copy": copy, "Normal": Normal}
-    scope["CosineAnnealingLR"] = CosineAnnealingLR
+    scope |= {"deepcopy": copy.deepcopy, "CosineAnnealingLR": CosineAnnealingLR}
     exec("from typing import *", scope)
     exec(compile(ast.Module(body, []), str(script), "exec"), scope)
     return SimpleNamespace(**scope)

@@ -25,6 +25,7 @@ from rl_lab.language import (
 )
 
 TREES = [Tree([5, 6, 7, 8], ([9, 10, 2], [11, 2])), Tree([20, 21], ([22], [9, 10, 2], [5, 6, 7, 8, 2]))]
+ALIKE = [Tree([5, 6, 7], ([9, 10, 2], [11, 2])), Tree([5, 6], ([22], [9, 2])), Tree([5, 6, 8, 9], ([5, 6, 7, 8, 2],))]
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +40,14 @@ def alone(model: Any, prompt: list[int], tokens: list[int], temperature: float =
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_packed_trees_equal_single_sequences_and_their_gradients(model: Any, temperature: float) -> None:
+@pytest.mark.parametrize("trees", [TREES, ALIKE, ALIKE[:1]], ids=["apart", "alike", "one"])
+def test_packed_trees_equal_single_sequences_and_their_gradients(
+    model: Any, trees: list[Tree], temperature: float
+) -> None:
     """Neither does a branch see its sibling, nor a tree its neighbour, nor is a token shifted by one."""
-    packed = pack(TREES)
+    packed = pack(trees)
     ours = token_logprobs(model, packed, temperature)
-    peers = torch.cat([alone(model, tree.prompt, x, temperature) for tree in TREES for x in tree.branches])
+    peers = torch.cat([alone(model, tree.prompt, x, temperature) for tree in trees for x in tree.branches])
     torch.testing.assert_close(ours, peers, rtol=1e-5, atol=1e-5)
     weights = torch.linspace(-1, 1, len(ours))
     parameters = list(model.parameters())
@@ -63,9 +67,11 @@ def test_micro_batches_keep_the_order_and_the_bound() -> None:
     assert micro_batches(trees, 9) == [[0, 1], [2], [3, 4]]
 
 
-def test_greedy_generation_equals_transformers_own(model: Any) -> None:
-    """Padding on the left, positions and cache are right, whatever else is in the batch."""
-    prompts = [[5, 6, 7, 8, 9, 10], [20, 21], [30, 31, 32]]
+@pytest.mark.parametrize(
+    "prompts", [[[5, 6, 7, 8, 9, 10], [20, 21], [30]], [[5, 6, 7, 8, 9], [5, 6], [5, 6, 8]], [[5, 6, 7], [5, 6, 7]]]
+)
+def test_greedy_generation_equals_transformers_own(model: Any, prompts: list[list[int]]) -> None:
+    """Padding, positions and cache are right, whatever else is in the batch."""
     rollout = generate(model, prompts, 2, 12, 0.0, [2], torch.Generator())
     ours = completions(rollout)
     for i, prompt in enumerate(prompts):

@@ -23,7 +23,7 @@ from torch import Tensor
 
 import rl_lab
 from rl_lab import cli
-from rl_lab.algorithms import bc, cql, discrete_cql, iql, td3_bc
+from rl_lab.algorithms import awac, bc, cql, discrete_cql, iql, td3_bc
 from rl_lab.cli import Stopped
 from rl_lab.curves import store
 from rl_lab.distributions import Actions, scaled, unscaled
@@ -31,7 +31,7 @@ from rl_lab.offline import Dataset
 from rl_lab.offline_training import standardize, standardized
 
 Lucky = Callable[..., Dataset]
-ALGORITHMS = [bc, iql, td3_bc]
+ALGORITHMS = [awac, bc, iql, td3_bc]
 EVERY = [*ALGORITHMS, cql, discrete_cql]
 EACH = pytest.mark.parametrize("algorithm", ALGORITHMS, ids=[a.__name__.rpartition(".")[2] for a in ALGORITHMS])
 SHORT = {"total_timesteps": 60, "log_every": 20, "batch_size": 8, "eval_every": 20, "eval_episodes": 3}
@@ -100,7 +100,7 @@ def test_a_seed_alone_and_among_others(algorithm: ModuleType, lucky: Lucky, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algorithm", [iql, td3_bc, cql], ids=["iql", "td3_bc", "cql"])
+@pytest.mark.parametrize("algorithm", [awac, iql, td3_bc, cql], ids=["awac", "iql", "td3_bc", "cql"])
 def test_compiled_equals_eager(algorithm: ModuleType, lucky: Lucky, tmp_path: Path) -> None:
     """Guards what users run, which is compiled: two agents after five gradient steps."""
     lucky(200)
@@ -261,7 +261,7 @@ def test_bc_of_discrete_actions(lucky: Lucky, tmp_path: Path, monkeypatch: pytes
     assert right[0] > 0.95 and right[1] < 0.7
 
 
-@pytest.mark.parametrize("algorithm", [iql, td3_bc], ids=["iql", "td3_bc"])
+@pytest.mark.parametrize("algorithm", [awac, iql, td3_bc], ids=["awac", "iql", "td3_bc"])
 def test_discrete_actions_are_refused(
     algorithm: ModuleType, lucky: Lucky, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -272,23 +272,26 @@ def test_discrete_actions_are_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_divergence_stops_with_its_cause(lucky: Lucky, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("algorithm", [awac, td3_bc], ids=["awac", "td3_bc"])
+def test_divergence_stops_with_its_cause(
+    algorithm: ModuleType, lucky: Lucky, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rewards in [-9, 0] allow |Q| of 900 at gamma 0.99; critics that start at 1e4 are beyond."""
     lucky(200)
-    sound = td3_bc.init_params
+    sound = algorithm.init_params
 
-    def inflated(*args: Any) -> td3_bc.Agent:
+    def inflated(*args: Any) -> dict[str, dict[str, Tensor]]:
         agent = sound(*args)
         agent["critics"]["critic.2.bias"] += 1e4
         return agent
 
-    monkeypatch.setattr(td3_bc, "init_params", inflated)
+    monkeypatch.setattr(algorithm, "init_params", inflated)
     with pytest.raises(
         FloatingPointError, match=r"Q of seed 1 is \S+, the rewards allow 8[67]\d after .*; values of actions"
     ):
-        td3_bc.train(arguments(td3_bc, tmp_path))
-    (folder,) = tmp_path.iterdir()
-    assert json.loads((folder / "config.json").read_text())["algo"] == "td3_bc"  # the run is there to be looked at
+        algorithm.train(arguments(algorithm, tmp_path))
+    (folder,) = tmp_path.iterdir()  # the run is there to be looked at
+    assert json.loads((folder / "config.json").read_text())["algo"] == algorithm.__name__.rpartition(".")[2]
 
 
 @pytest.mark.parametrize("algorithm", EVERY, ids=[a.__name__.rpartition(".")[2] for a in EVERY])
@@ -311,6 +314,7 @@ def test_flags_come_in_any_company(algorithm: ModuleType, tmp_path: Path) -> Non
         (bc, {"fraction": 1.5}, "--fraction 1.5 must be above 0 and at most 1"),
         (iql, {"expectile": 1.0}, "--expectile 1.0 must be between 0 and 1"),
         (iql, {"beta": -1.0}, "--beta -1.0 must be finite and 0 or more"),
+        (awac, {"awac_lambda": 0.0}, "--awac-lambda 0.0 must be finite and above 0"),
         (td3_bc, {"alpha": -1.0}, "--alpha -1.0 must be finite and 0 or more"),
         (td3_bc, {"noise_clip": float("inf")}, "--noise-clip inf must be finite and 0 or more"),
     ],

@@ -16,7 +16,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -37,8 +37,8 @@ from rl_lab.language import (
     pack,
 )
 from rl_lab.preference_data import Example
-
-Reward = Callable[[list[str], list[str]], list[float]]  # prompts, completions: scores
+from rl_lab.preference_metrics import wilson
+from rl_lab.tasks import Reward
 
 QUESTION = """\
 Below are a conversation and two answers that continue it. Decide which answer is better: more helpful, more correct and
@@ -103,13 +103,6 @@ class Rate(NamedTuple):
     number: int
 
 
-def wilson(k: float, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval for k of n cases [Wilson 1927], 95 % by default; ties as half do not narrow it."""
-    p, spread = k / n, z * math.sqrt(k / n * (1 - k / n) / n + (z / n) ** 2 / 4)
-    middle, scale = p + z * z / (2 * n), 1 + z * z / n
-    return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)
-
-
 def rate(wins: Sequence[float]) -> Rate:
     """The win rate, ties as half, with Wilson's 95 % interval."""
     return Rate(sum(wins) / len(wins), *wilson(sum(wins), len(wins)), len(wins))
@@ -132,14 +125,14 @@ def plain(prompt: Prompt) -> str:
 
 
 class Verifier:
-    """Judges by scores; the higher one wins. `reward` gets prompts as `plain` texts."""
+    """Judges by the scores of a task's function; the higher one wins."""
 
     def __init__(self, reward: Reward, name: str) -> None:
         self.reward, self.name = reward, name
 
     def __call__(self, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]) -> Verdicts:
-        texts = [plain(prompt) for prompt in prompts]
-        return Verdicts(_higher(self.reward(texts, list(first)), self.reward(texts, list(second)), self.name))
+        scores, others = (self.reward(list(prompts), list(texts)) for texts in (first, second))
+        return Verdicts(_higher(scores, others, self.name))
 
 
 def longer() -> Verifier:
@@ -232,10 +225,10 @@ class LocalJudge:
         trees = [Tree(tokens, ([self.a],)) for tokens in asked]  # what is scored is the token after the question
         require_room(self.model, trees, f"{self.flag} {self.name}")
         leads = []
-        for group in micro_batches(trees, MICRO_TOKENS):
-            scores = logits(self.model, pack([trees[i] for i in group], self.device))  # (questions, V)
+        for pair in zip(trees[: len(prompts)], trees[len(prompts) :], strict=True):  # what both begin with counts once
+            scores = logits(self.model, pack(pair, self.device))  # (2, V)
             leads.append((scores[:, self.a] - scores[:, self.b]).cpu())
-        lead = torch.cat(leads)  # (2 N,)
+        lead = torch.stack(leads, 1).flatten()  # (2 N,)
         probabilities = (lead[: len(prompts)].sigmoid() + (-lead[len(prompts) :]).sigmoid()) / 2
         picks = _higher(lead.tolist(), [0.0] * len(lead), self.name)
         wins, agreed = _joined(picks)

@@ -101,8 +101,9 @@ class Endpoint:
             raise self.error("its reply is no JSON; the base address often ends in /v1") from None
 
     def error(self, reason: str) -> ValueError:
-        """In one line, without the key."""
-        return ValueError(f"{self.flag} {self.name}: {' '.join(self._without_key(reason).split()):.400}")
+        """In one line that a terminal can show, without the key."""
+        shown = "".join(x if x.isprintable() else " " for x in self._without_key(reason))
+        return ValueError(f"{self.flag} {self.name}: {' '.join(shown.split()):.400}")
 
     def _without_key(self, text: str) -> str:
         return text.replace(self._key, "***") if self._key else text

@@ -13,8 +13,8 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 
-from rl_lab.generation import choose, completions, generate
-from rl_lab.language import Message, Prompt, Tokens, encode_prompt, load_model, load_tokenizer, locate, save_model
+from rl_lab.generation import Sampler, choose
+from rl_lab.language import Message, Prompt, encode_prompt, load_model, load_tokenizer, locate, save_model
 from rl_lab.preference.judge import is_reward_model
 
 BATCH = 16  # prompts completed side by side
@@ -56,44 +56,29 @@ def open_language_model(name: str, flag: str) -> tuple[Any, Any]:
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
-def end_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Tokens that end an answer: the tokenizer's, and those of the model's generation config."""
-    more = getattr(model.generation_config, "eos_token_id", None) or []
-    return sorted({tokenizer.eos_token_id, *([more] if isinstance(more, int) else more)})
-
-
 def complete(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[Tokens],
-    max_new_tokens: int,
-    temperature: float,
-    generator: torch.Generator,
-    title: str = "answers",
+    sampler: Sampler, prompts: Sequence[Prompt], temperature: float, title: str = "answers"
 ) -> tuple[list[str], list[bool]]:
-    """An answer to each prompt as text, and whether it was cut at `max_new_tokens`; progress goes to stderr."""
-    texts, cut, ends = [""] * len(prompts), [False] * len(prompts), end_ids(model, tokenizer)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # prompts of about one length need no padding
+    """An answer to each prompt, and whether it was cut; progress goes to stderr."""
+    texts, cut = [""] * len(prompts), [False] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: len(str(prompts[i])))  # padded to the longest in a batch
     batches = [order[i : i + BATCH] for i in range(0, len(order), BATCH)]
     for batch in track(batches, title, console=Console(stderr=True), transient=True):
-        chosen = [prompts[i] for i in batch]
-        rollout = generate(model, chosen, 1, max_new_tokens, temperature, ends, generator)
-        for i, tokens, truncated in zip(batch, completions(rollout), rollout["truncated"].tolist(), strict=True):
-            texts[i], cut[i] = tokenizer.decode(tokens, skip_special_tokens=True), truncated
+        _, answers, truncated = sampler([prompts[i] for i in batch], 1, temperature)
+        for i, answer, was_cut in zip(batch, answers, truncated.tolist(), strict=True):
+            texts[i], cut[i] = answer, was_cut
     return texts, cut
 
 
 @torch.no_grad()
-def stream(
-    model: Any, prompt: Tokens, max_new_tokens: int, temperature: float, ends: Iterable[int], generator: torch.Generator
-) -> Iterator[int]:
+def stream(sampler: Sampler, prompt: Prompt, temperature: float) -> Iterator[int]:
     """The tokens of one answer as they come, without the one that ends it."""
-    cache, ids = None, prompt
-    for _ in range(max_new_tokens):
-        inputs = torch.tensor([ids], device=generator.device)
-        out = model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        token = int(choose(out.logits[:, -1].float(), temperature, generator))
-        if token in ends:
+    cache, ids = None, encode_prompt(sampler.tokenizer, prompt)
+    for _ in range(sampler.longest):
+        inputs = torch.tensor([ids], device=sampler.generator.device)
+        out = sampler.model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        token = int(choose(out.logits[:, -1].float(), temperature, sampler.generator))
+        if token in sampler.eos_ids:
             return
         yield token
         cache, ids = out.past_key_values, [token]
@@ -118,13 +103,12 @@ def talk(args: Args) -> None:
     model, tokenizer = open_language_model(args.run, "RUN")
     if not args.raw and not tokenizer.chat_template:
         raise ValueError(f"RUN {args.run}: its tokenizer has no chat template; --raw continues plain text")
-    generator, ends = torch.Generator(model.device).manual_seed(args.seed), end_ids(model, tokenizer)
+    generator = torch.Generator(model.device).manual_seed(args.seed)
+    sampler = Sampler(model, tokenizer, "", args.max_new_tokens, generator, bf16=False)
     said: list[Message] = []
     for text in [args.prompt] if args.prompt is not None else typed():
         said.append({"role": "user", "content": text})
-        prompt: Prompt = text if args.raw else said
-        tokens = encode_prompt(tokenizer, prompt)
-        answer = say(tokenizer, stream(model, tokens, args.max_new_tokens, args.temperature, ends, generator))
+        answer = say(tokenizer, stream(sampler, text if args.raw else said, args.temperature))
         said.append({"role": "assistant", "content": answer})
 
 

@@ -22,11 +22,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from rl_lab import checkpoint
+from rl_lab import checkpoint, tasks
 from rl_lab.endpoint import Endpoint
 from rl_lab.generate import complete, open_language_model, require_sampling
+from rl_lab.generation import Sampler
 from rl_lab.language import Prompt, Tree, encode_prompt
 from rl_lab.log import provenance
+from rl_lab.optim import fast_bf16
 from rl_lab.preference.judge import (
     EndpointJudge,
     Judge,
@@ -39,7 +41,7 @@ from rl_lab.preference.judge import (
     rate,
     require_room,
 )
-from rl_lab.preference_data import Example, read, select
+from rl_lab.preference_data import Example, place, read, select
 
 URL = ("http://", "https://")
 
@@ -118,13 +120,12 @@ def lineage(name: str) -> tuple[dict[Path, dict[str, Any]], set[str]]:
         flags = _flags(folder)
         if folder in runs:
             continue
-        if flags is None or not flags.get("data"):
+        if flags is None or not any(flags.get(key) for key in ("data", "prompts", "task")):
             unknown.add(name)
         if flags is not None:
             runs[folder] = flags
-            todo += [x for x in flags.values() if isinstance(x, str) and x and _flags(Path(x)) is not None]
-            if isinstance(model := flags.get("model"), str):
-                todo.append(model)
+            names = {key: x for key, x in flags.items() if isinstance(x, str) and x}
+            todo += [x for key, x in names.items() if key == "model" or _flags(run_folder(x)) is not None]
     return runs, unknown
 
 
@@ -152,15 +153,27 @@ def require_unseen(examples: Iterable[Example], runs: dict[Path, dict[str, Any]]
     """Raise a ValueError with their number if the runs were trained on prompts of the examples."""
     prompts = {normalised(x.prompt) for x in examples}
     for folder, flags in runs.items():
-        if not flags.get("data"):
-            continue
-        low, high = flags.get("train") or (0.0, 1.0)
-        seen = select(read(flags["data"], "prompts", f"{folder}: --data")[0], (low, high))
-        if shared := len(prompts & {normalised(x.prompt) for x in seen}):
+        seen = {normalised(prompt) for prompt in training_prompts(folder, flags)}
+        if shared := len(prompts & seen):
             raise ValueError(
-                f"{what}: {shared} of {len(prompts)} prompts are training prompts of {folder}, which learned from "
-                f"{flags['data']}, share {low} to {high}; another --share or other data work"
+                f"{what}: {shared} of {len(prompts)} prompts are training prompts of {folder}; another --share, or "
+                "data that it did not learn from, work"
             )
+
+
+def training_prompts(folder: Path, flags: dict[str, Any]) -> list[Prompt]:
+    """The prompts that a run was trained on, by its flags: those in --train, or those not in --holdout."""
+    if data := flags.get("data"):
+        low, high = flags.get("train") or (0.0, 1.0)
+        return [x.prompt for x in select(read(data, "prompts", f"{folder}: --data")[0], (low, high))]
+    if not flags.get("prompts") and not flags.get("task"):
+        return []
+    if data := flags.get("prompts"):
+        prompts = [x.prompt for x in read(data, "prompts", f"{folder}: --prompts")[0]]
+    else:
+        prompts = tasks.make(flags["task"]).prompts
+    low, high = flags.get("holdout") or (0.0, 0.0)
+    return [x for x in prompts if not low <= place(x) < high]
 
 
 def sample(examples: Iterable[Example], number: int, seed: int) -> list[Example]:
@@ -174,11 +187,12 @@ def answers(name: str, flag: str, prompts: Sequence[Prompt], args: Args, stream:
     model, tokenizer = open_language_model(name, flag)
     if not tokenizer.chat_template and not all(isinstance(x, str) for x in prompts):
         raise ValueError(f"{flag} {name}: its tokenizer has no chat template, which messages need; plain prompts work")
-    tokens = [encode_prompt(tokenizer, x) for x in prompts]
-    require_room(model, [Tree(x, ()) for x in tokens], f"{flag} {name}", args.max_new_tokens)
+    trees = [Tree(encode_prompt(tokenizer, x), ()) for x in prompts]
+    require_room(model, trees, f"{flag} {name}", args.max_new_tokens)
     seed = int(np.random.SeedSequence((args.seed, stream)).generate_state(1, np.uint64)[0])
     generator = torch.Generator(model.device).manual_seed(seed)
-    return complete(model, tokenizer, tokens, args.max_new_tokens, args.temperature, generator, f"answers of {name}")
+    sampler = Sampler(model, tokenizer, "", args.max_new_tokens, generator, fast_bf16())
+    return complete(sampler, prompts, args.temperature, f"answers of {name}")
 
 
 def draw(data: str, kind: str, flag: str, args: Args) -> list[Example]:

@@ -8,25 +8,46 @@ from pathlib import Path
 import pytest
 import torch
 
-from rl_lab.generate import complete, end_ids, main, say, stream
-from rl_lab.generation import completions, generate
-from rl_lab.language import Tree, add_lora, encode_prompt, load_model, load_tokenizer, pack, save_model, token_logprobs
+from rl_lab.generate import complete, main, say, stream
+from rl_lab.generation import Sampler
+from rl_lab.language import (
+    Message,
+    Prompt,
+    Tree,
+    add_lora,
+    load_model,
+    load_tokenizer,
+    pack,
+    save_model,
+    token_logprobs,
+)
 
 
-def test_a_stream_is_what_a_batch_would_be(tiny_model: Path) -> None:
-    model, prompt = load_model(str(tiny_model)), [5, 6, 7]
-    (batch,) = completions(generate(model, [prompt], 1, 20, 0.8, [2], torch.Generator().manual_seed(3)))
-    streamed = list(stream(model, prompt, 20, 0.8, [2], torch.Generator().manual_seed(3)))
-    assert streamed == [token for token in batch if token != 2] and streamed
-
-
-def test_completed_texts_keep_the_order_of_their_prompts(tiny_model: Path) -> None:
+@pytest.fixture
+def sampler(tiny_model: Path) -> Sampler:
+    """Of at most 8 tokens."""
     model, tokenizer = load_model(str(tiny_model)), load_tokenizer(str(tiny_model))
-    prompts = [[5 + i] * (1 + 7 * i % 5) for i in range(40)]  # three batches
-    texts, cut = complete(model, tokenizer, prompts, 6, 0.0, torch.Generator())
-    for prompt, text, was_cut in zip(prompts, texts, cut, strict=True):
-        alone = list(stream(model, prompt, 6, 0.0, [2], torch.Generator()))
-        assert text == tokenizer.decode(alone) and was_cut == (len(alone) == 6)
+    return Sampler(model, tokenizer, "", 8, torch.Generator(), False)
+
+
+def streamed(sampler: Sampler, prompt: Prompt, temperature: float = 0.0) -> str:
+    text: str = sampler.tokenizer.decode(list(stream(sampler, prompt, temperature)))
+    return text
+
+
+def test_a_stream_is_what_a_batch_would_be(sampler: Sampler) -> None:
+    for seed in range(5):
+        sampler.generator.manual_seed(seed)
+        (batch,) = sampler(["hello"], 1, 0.8)[1]
+        sampler.generator.manual_seed(seed)
+        assert streamed(sampler, "hello", 0.8) == batch != ""
+
+
+def test_completed_texts_keep_the_order_of_their_prompts(sampler: Sampler) -> None:
+    prompts = [chr(ord("a") + i % 26) * (1 + 7 * i % 5) for i in range(40)]  # three batches
+    texts, cut = complete(sampler, prompts, 0.0)
+    assert texts == [streamed(sampler, prompt) for prompt in prompts]
+    assert cut == [len(list(stream(sampler, prompt, 0.0))) == 8 for prompt in prompts]
 
 
 def test_an_answer_is_shown_as_it_comes_in_whole_letters(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -43,24 +64,22 @@ def test_an_answer_is_shown_as_it_comes_in_whole_letters(tiny_model: Path, capsy
 
 
 def test_a_prompt_is_put_into_the_chat_template_unless_raw(
-    tiny_model: Path, capsys: pytest.CaptureFixture[str]
+    sampler: Sampler, tiny_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model, tokenizer = load_model(str(tiny_model)), load_tokenizer(str(tiny_model))
-    ends = end_ids(model, tokenizer)
-    for flags, prompt in (([], [{"role": "user", "content": "hi"}]), (["--raw"], "hi")):
+    prompts: list[Prompt] = [[{"role": "user", "content": "hi"}], "hi"]
+    for flags, prompt in zip(([], ["--raw"]), prompts, strict=True):
         main([str(tiny_model), "--prompt", "hi", "--temperature", "0", "--max-new-tokens", "8", *flags])
-        wanted = list(stream(model, encode_prompt(tokenizer, prompt), 8, 0.0, ends, torch.Generator()))
-        assert capsys.readouterr().out == tokenizer.decode(wanted) + "\n"
+        assert capsys.readouterr().out == streamed(sampler, prompt) + "\n"
 
 
 def test_a_talk_remembers_what_was_said(
-    tiny_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    sampler: Sampler, tiny_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, tokenizer, said, answers = load_model(str(tiny_model)), load_tokenizer(str(tiny_model)), [], []
+    said: list[Message] = []
+    answers = []
     for text in ("one", "two"):
         said.append({"role": "user", "content": text})
-        tokens = list(stream(model, encode_prompt(tokenizer, said), 8, 0.0, [2], torch.Generator()))
-        answers.append(tokenizer.decode(tokens))
+        answers.append(streamed(sampler, said))
         said.append({"role": "assistant", "content": answers[-1]})
     monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
     main([str(tiny_model), "--temperature", "0", "--max-new-tokens", "8"])

@@ -14,7 +14,16 @@ import pytest
 import torch
 
 from rl_lab.endpoint import Endpoint
-from rl_lab.language import add_lora, encode_completion, encode_prompt, load_model, load_tokenizer, save_model
+from rl_lab.language import (
+    Prompt,
+    Tree,
+    add_lora,
+    encode_completion,
+    encode_prompt,
+    load_model,
+    load_tokenizer,
+    save_model,
+)
 from rl_lab.preference.judge import (
     EndpointJudge,
     LocalJudge,
@@ -25,26 +34,17 @@ from rl_lab.preference.judge import (
     plain,
     rate,
     require_room,
-    wilson,
 )
 from rl_lab.preference_data import Example
+from rl_lab.preference_metrics import wilson
 
 KEY = "sk-secret-0123456789"
-PROMPTS = ["p", [{"role": "user", "content": "q"}], "r", "s"]
-
-
-def test_wilson_is_its_formula_and_that_of_a_table() -> None:
-    # p = 0.6, n = 10: (0.6 + z^2/20 -+ z sqrt(0.024 + z^2/400)) / (1 + z^2/10) with z = 1.96
-    assert wilson(6, 10) == pytest.approx((0.3127, 0.8318), abs=1e-4)
-    assert wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
-    low, high = wilson(2.5, 4)  # z solves |p - x| = z sqrt(x (1 - x) / n) at either end
-    for x in (low, high):
-        assert abs(0.625 - x) == pytest.approx(1.959964 * math.sqrt(x * (1 - x) / 4))
+PROMPTS: list[Prompt] = ["p", [{"role": "user", "content": "q"}], "r", "s"]
 
 
 def test_a_verifier_gives_the_planted_rate() -> None:
-    def reward(prompts: list[str], completions: list[str]) -> list[float]:
-        assert prompts == ["p", "q", "r", "s"]
+    def reward(prompts: list[Prompt], completions: list[str]) -> list[float]:
+        assert prompts == PROMPTS
         return [float(text) for text in completions]
 
     verdicts = Verifier(reward, "number")(PROMPTS, ["3", "1", "2", "5"], ["2", "1", "4", "-1"])
@@ -132,8 +132,6 @@ def test_a_local_judge_reads_the_logits_of_both_letters_in_both_orders(tiny_mode
 def test_texts_beyond_the_model_are_refused(tiny_model: Path) -> None:
     with pytest.raises(ValueError, match=r"--judge llm:.*: 2 of 2 texts are longer than its 2048 tokens"):
         LocalJudge(str(tiny_model))(["p"], ["x" * 2000], ["y"])
-    from rl_lab.language import Tree
-
     require_room(load_model(str(tiny_model)), [Tree([1] * 2000, ())], "x", 48)
 
 
@@ -208,7 +206,7 @@ def test_servers_that_are_down_or_silent_are_given_up(endpoint: Any) -> None:
 @pytest.mark.parametrize(
     ("answer", "wanted", "requests"),
     [
-        ((404, {}, b'{"error": "no such\nmodel"}'), r'status 404: \{"error": "no such model"\}', 1),
+        ((404, {}, b'{"error": "no such\n\x1bmodel"}'), r'status 404: \{"error": "no such model"\}', 1),
         ((302, {"Location": "http://127.0.0.1:1/"}, b""), "status 302", 1),
         ((200, {}, b"<html>"), "its reply is no JSON; the base address often ends in /v1", 1),
         ((200, {}, b'{"choices": []}'), "its reply is no chat completion", 1),

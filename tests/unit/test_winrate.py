@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from rl_lab import tasks
 from rl_lab.language import load_model, load_tokenizer, save_model
-from rl_lab.preference.judge import Verdicts, Verifier, wilson
+from rl_lab.preference.judge import Verdicts, Verifier
 from rl_lab.preference_data import place
+from rl_lab.preference_metrics import wilson
 from rl_lab.winrate import Args, compare, lineage, main, notes, require_valid
 
 KEY = "sk-secret-0123456789"
@@ -89,9 +91,9 @@ def test_planted_answers_give_their_rate_and_what_belongs_to_it(
 def test_runs_that_a_model_comes_from_are_found(tmp_path: Path, tiny_model: Path, pairs: Path) -> None:
     sft = make_run(tmp_path / "sft", tiny_model, data=str(pairs), train=[0.0, 0.5])
     reward = make_run(tmp_path / "reward", tiny_model, labels=1, data=str(pairs))
-    policy = make_run(tmp_path / "policy", sft, reward=str(reward))  # no data of its own
+    policy = make_run(tmp_path / "policy", sft, reward=str(reward / "model"))  # no data of its own
     runs, unknown = lineage(str(policy / "model"))
-    assert list(runs) == [policy, sft, reward] or list(runs) == [policy, reward, sft]
+    assert runs.keys() == {policy, sft, reward}
     assert unknown == {str(policy / "model"), str(tiny_model)}
 
 
@@ -112,6 +114,23 @@ def test_training_prompts_are_refused_whosever_they_are(
     assert shared  # the shares overlap in some
     with pytest.raises(ValueError, match=rf"--prompts .*: {shared} of {asked} prompts are training prompts of .*/seen"):
         compare(arguments(pairs, **names, share=(0.5, 1.0)))
+
+
+def test_training_prompts_are_those_outside_of_the_holdout_too(tmp_path: Path, tiny_model: Path, pairs: Path) -> None:
+    """GRPO learns from a task or from prompts, but for its held-out share."""
+    policy = make_run(tmp_path / "policy", tiny_model, task="addition", data="", holdout=[0.5, 1.0])
+    asked = tmp_path / "asked.jsonl"
+    prompts = tasks.make("addition").prompts
+    asked.write_text("".join(json.dumps({"prompt": x}) + "\n" for x in prompts))
+    seen = sum(place(x) < 0.5 for x in prompts)
+    flags: dict[str, Any] = {"labels": str(pairs), "num_prompts": 1000}
+    with pytest.raises(ValueError, match=rf"{seen} of {len(prompts)} prompts are training prompts of .*policy"):
+        compare(arguments(asked, policy, tiny_model, f"llm:{tiny_model}", **flags))
+    with pytest.raises(ValueError, match=r"--judge .*: no reward model"):  # and here it went on to the judge
+        compare(arguments(asked, policy, tiny_model, str(tiny_model), **flags | {"share": (0.5, 1.0)}))
+    other = make_run(tmp_path / "other", tiny_model, prompts=str(asked), task="", holdout=[0.0, 0.5])
+    with pytest.raises(ValueError, match=r"prompts are training prompts of .*other"):
+        compare(arguments(asked, other, tiny_model, str(tiny_model), **flags | {"share": (0.5, 1.0)}))
 
 
 def test_a_prompt_is_the_same_in_capitals_and_as_plain_text(tmp_path: Path, tiny_model: Path, pairs: Path) -> None:

@@ -162,7 +162,7 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> Tokens:
     """A prompt's tokens: messages by the tokenizer's chat template, text with what the tokenizer puts before a text."""
     if isinstance(prompt, str):
         ids: Tokens = tokenizer(prompt)["input_ids"]
-        if prompt and ids[-1] == tokenizer.eos_token_id:  # some tokenizers end every text
+        if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:  # some tokenizers end every text
             ids = ids[:-1]
         return ids or [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
     if not tokenizer.chat_template:

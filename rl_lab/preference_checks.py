@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any, Literal
 
 from rl_lab.language import Prompt, Tokens, Tree
 from rl_lab.preference_data import Example, longest, select, split_by, tokenize
+from rl_lab.preference_metrics import wilson
 
 Level = Literal["ok", "note", "warning", "error"]
 
@@ -285,14 +285,6 @@ def length_bias(examples: Sequence[Example], trees: Sequence[Tree]) -> Finding:
     numbers = {"share_of_unequal": longer / (longer + shorter), "low": low, "high": high, "longer_wins": accuracy}
     numbers |= {"mean_chosen": chosen, "mean_rejected": rejected}
     return Finding("length bias", level, longer, len(lengths), None, text, numbers)
-
-
-def wilson(count: int, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's interval of a share, 95 % by default [Wilson 1927]."""
-    share, room = count / total, z * z / total
-    centre = (share + room / 2) / (1 + room)
-    half = math.sqrt(share * (1 - share) * room + room * room / 4) / (1 + room)
-    return centre - half, centre + half
 
 
 def _completions(examples: Sequence[Example]) -> int:

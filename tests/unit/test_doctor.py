@@ -12,7 +12,8 @@ import pytest
 
 from rl_lab.doctor import main
 from rl_lab.language import load_tokenizer
-from rl_lab.preference_checks import length_bias, wilson
+from rl_lab.preference_checks import length_bias
+from rl_lab.preference_metrics import wilson
 from rl_lab.preference_data import Example, place, tokenize
 
 Row = dict[str, Any]

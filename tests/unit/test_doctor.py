@@ -13,8 +13,8 @@ import pytest
 from rl_lab.doctor import main
 from rl_lab.language import load_tokenizer
 from rl_lab.preference_checks import length_bias
-from rl_lab.preference_metrics import wilson
 from rl_lab.preference_data import Example, place, tokenize
+from rl_lab.preference_metrics import wilson
 
 Row = dict[str, Any]
 Change = Callable[[Any], None]

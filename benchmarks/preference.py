@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -105,12 +106,15 @@ def raced(method: str, flags: Flags, folder: Path) -> dict[str, dict[str, Any]]:
     Of ours also `reference`: CPU-seconds for the reference's log-probabilities of a step's pairs.
     """
     environ = os.environ | {"RL_LAB_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    trainees = [race.Trainee(contender, environ) for contender in contenders(method, flags, folder)]
-    found: dict[str, dict[str, Any]] = {trainee.contender.name: {"seconds": []} for trainee in trainees}
-    if method == "dpo":
-        before, after = (trainees[0].advance(mark) for mark in (-1, 0))
-        found["rl_lab"]["reference"] = (after - before) * PAIRS / (PAIRS * (flags.steps + 2) + 1)
-    clocks = [trainee.advance(1) for trainee in trainees]  # warm-up
+    trainees, clocks = [], []
+    found: dict[str, dict[str, Any]] = {}
+    for contender in contenders(method, flags, folder):
+        trainees.append(race.Trainee(contender, environ))
+        found[contender.name] = {"seconds": []}
+        if contender.first < 0:
+            before, after = (trainees[-1].advance(mark) for mark in (-1, 0))
+            found[contender.name]["reference"] = (after - before) * PAIRS / (PAIRS * (flags.steps + 2) + 1)
+        clocks.append(trainees[-1].advance(1))  # warm-up; whoever is not at work is stopped
     for step in range(2, flags.steps + 2):
         for i, trainee in enumerate(trainees):
             clock = trainee.advance(step)
@@ -169,6 +173,7 @@ def main() -> None:
     flags = tyro.cli(Flags, description=__doc__)
     if unknown := set(flags.methods) - {"dpo", "grpo"}:
         raise SystemExit(f"--methods {' '.join(sorted(unknown))}: known are dpo grpo")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("SIGTERM"))  # which runs what atexit has
     try:
         report = measure(flags)
     except (ValueError, RuntimeError) as error:

@@ -69,17 +69,16 @@ def other_reference(monkeypatch: pytest.MonkeyPatch, other: Any) -> None:
     monkeypatch.setattr(dpo, "copy", SimpleNamespace(deepcopy=lambda _: other))
 
 
-def learned_from(tiny_model: Path, rows: list[dict[str, Any]], count: int, step: int = 0) -> list[Tree]:
-    """The pairs of a batch, from the data's lines."""
+def tree_of(tiny_model: Path, row: dict[str, Any]) -> Tree:
     tokenizer = load_tokenizer(str(tiny_model))
+    answers = tuple(encode_completion(tokenizer, row[side]) for side in ("chosen", "rejected"))
+    return Tree(encode_prompt(tokenizer, row["prompt"]), answers)
+
+
+def learned_from(tiny_model: Path, rows: list[dict[str, Any]], count: int) -> list[Tree]:
+    """The pairs of the first batch, from the data's lines."""
     mine = [row for row in rows if place(row["prompt"]) < 0.9]
-    return [
-        Tree(
-            encode_prompt(tokenizer, mine[i]["prompt"]),
-            tuple(encode_completion(tokenizer, mine[i][side]) for side in ("chosen", "rejected")),
-        )
-        for i in drawn(len(mine), count, 1, step)
-    ]
+    return [tree_of(tiny_model, mine[i]) for i in drawn(len(mine), count, 1, 0)]
 
 
 # L(h_w, h_l, p_w, p_l, D_l - D_w), with h and p sums over tokens of lengths n_w, n_l; l(x) = -log sigmoid(x).
@@ -176,6 +175,31 @@ def test_the_gradient_is_that_of_the_mean_over_pairs(tiny_model: Path, data: Pat
         total = total - torch.nn.functional.logsigmoid(0.1 * (h[0] - h[1])) / 4
     total.backward()
     assert_equal_gradients({name: p.grad for name, p in model.named_parameters()}, ours, 1e-5)
+
+
+@pytest.mark.usefixtures("other_reference")
+def test_the_evaluation_is_of_all_held_out_pairs(tiny_model: Path, other: Any, tmp_path: Path) -> None:
+    """And of no other; by the model as it is at the end."""
+    rows = pairs(80)
+    run = trained(dpo, tiny_model, write(tmp_path / "many.jsonl", rows), eval_examples=99, eval_every=1)
+    held_out = [tree_of(tiny_model, row) for row in rows if place(row["prompt"]) >= 0.9]
+    logps, margins, longer = [], [], []
+    for prompt, branches in held_out:
+        p = [logp_alone(run.model, prompt, tokens) for tokens in branches]
+        h = [x - logp_alone(other, prompt, tokens) for x, tokens in zip(p, branches, strict=True)]
+        logps.append(p[0])
+        margins.append(0.1 * (h[0] - h[1]))
+        longer.append((len(branches[0]) > len(branches[1])) + (len(branches[0]) == len(branches[1])) / 2)
+    report, count = evaluation(folder(run)), len(held_out)
+    assert report["pairs"] == count >= 5
+    assert report["accuracy"]["mean"] == pytest.approx(sum(x > 0 for x in margins) / count)
+    assert 0 < report["accuracy"]["mean"] < 1
+    assert report["length_baseline"]["mean"] == pytest.approx(sum(longer) / count)
+    assert report["rewards_margin"] == pytest.approx(sum(margins) / count, rel=1e-4)
+    assert report["logps_chosen"] == pytest.approx(sum(logps) / count, rel=1e-5)
+    log = scalars(folder(run))
+    assert log["eval/loss"] == pytest.approx([report["losses_loss"]])
+    assert log["eval/accuracy"] == pytest.approx([report["accuracy"]["mean"]])
 
 
 def test_chosen_that_is_rejected_has_no_gradient(tiny_model: Path, tmp_path: Path) -> None:

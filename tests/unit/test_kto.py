@@ -63,15 +63,16 @@ def other_reference(monkeypatch: pytest.MonkeyPatch, other: Any) -> None:
     monkeypatch.setattr(kto, "copy", SimpleNamespace(deepcopy=lambda _: other))
 
 
+def trees_of(tiny_model: Path, rows: list[dict[str, Any]]) -> list[Tree]:
+    tokenizer = load_tokenizer(str(tiny_model))
+    return [Tree(encode_prompt(tokenizer, x["prompt"]), (encode_completion(tokenizer, x["completion"]),)) for x in rows]
+
+
 def batch_of(tiny_model: Path, rows: list[dict[str, Any]], size: int) -> tuple[list[Tree], list[bool]]:
     """The examples of the first batch, from the data's lines, and their labels."""
-    tokenizer = load_tokenizer(str(tiny_model))
     mine = [row for row in rows if place(row["prompt"]) < 0.9]
     chosen = [mine[i] for i in drawn(len(mine), size, 1, 0)]
-    trees = [
-        Tree(encode_prompt(tokenizer, x["prompt"]), (encode_completion(tokenizer, x["completion"]),)) for x in chosen
-    ]
-    return trees, [x["label"] for x in chosen]
+    return trees_of(tiny_model, chosen), [x["label"] for x in chosen]
 
 
 @pytest.mark.usefixtures("other_reference")
@@ -110,6 +111,31 @@ def test_the_first_loss_is_that_of_plain_sequences(micro_tokens: int, tiny_model
     total.backward()
     expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert_equal_gradients(expected, gradients(run), 1e-5)
+
+
+@pytest.mark.usefixtures("other_reference")
+def test_the_evaluation_is_of_all_held_out_completions(tiny_model: Path, other: Any, tmp_path: Path) -> None:
+    """And of no other; by the model as it is at the end, around their own z_0."""
+    rows = labelled(80)
+    run = trained(kto, tiny_model, write(tmp_path / "many.jsonl", rows), eval_examples=99, eval_every=1)
+    mine = [row for row in rows if place(row["prompt"]) >= 0.9]
+    trees, labels = trees_of(tiny_model, mine), [row["label"] for row in mine]
+
+    def ratio(prompt: list[int], tokens: list[int]) -> float:
+        return logp_alone(run.model, prompt, tokens) - logp_alone(other, prompt, tokens)
+
+    ratios = [ratio(prompt, tokens) for prompt, (tokens,) in trees]
+    z_0 = sum(ratio(x.prompt, y.branches[0]) for x, y in zip(trees, [*trees[1:], trees[0]], strict=True)) / len(mine)
+    report = evaluation(folder(run))
+    assert report["examples"] == len(mine) and report["desirable"] == sum(labels)
+    assert report["kl"] == pytest.approx(z_0, rel=1e-4)
+    assert report["auc"] == pytest.approx(auc(ratios, labels)) and 0 < report["auc"]["mean"] < 1
+    assert report["length_baseline"] == auc([len(tree.branches[0]) for tree in trees], labels)
+    good = [0.1 * x for x, label in zip(ratios, labels, strict=True) if label]
+    assert report["rewards_desirable"] == pytest.approx(sum(good) / len(good), rel=1e-4)
+    log = scalars(folder(run))
+    assert log["eval/loss"] == pytest.approx([report["losses_loss"]])
+    assert log["eval/auc"] == pytest.approx([report["auc"]["mean"]])
 
 
 @pytest.mark.usefixtures("other_reference")

@@ -30,7 +30,9 @@ from rich.table import Table
 from benchmarks.report import machine, publish
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("torch", "numpy", "gymnasium", "mujoco", "ale-py", "stable-baselines3", "tensorboard")
+PACKAGES = (
+    "torch", "numpy", "gymnasium", "mujoco", "ale-py", "stable-baselines3", "tensorboard", "transformers", "trl",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -118,10 +120,15 @@ def atari(env: str) -> str:
 
 
 class Trainee:
-    """The process of a contender, stopped except in `advance` and `finish`; `wall` counts the seconds it may run."""
+    """The process of a contender, stopped except in `advance` and `finish`.
+
+    Attributes:
+        wall: seconds it was allowed to run.
+        memory: the most bytes it has held until the last mark.
+    """
 
     def __init__(self, contender: Contender, environ: dict[str, str]) -> None:
-        self.contender, self.step, self.wall = contender, contender.first, 0.0
+        self.contender, self.step, self.wall, self.memory = contender, contender.first, 0.0, 0
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the object)
         self._begin = time.perf_counter()
         self.process = subprocess.Popen(
@@ -142,6 +149,8 @@ class Trainee:
         # The CPU clock of another process: clock_getcpuclockid(3), by the kernel's encoding of process ids.
         cpu = time.clock_gettime((~self.process.pid << 3) | 2)
         self.process.send_signal(signal.SIGSTOP)
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        self.memory = 1024 * int(status.partition("VmHWM:")[2].split()[0])
         self.wall += time.perf_counter() - self._begin
         self._begin = 0.0
         return cpu

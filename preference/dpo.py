@@ -1,4 +1,4 @@
-"""Direct preference optimization: the losses of DPO and its family, on the log-probabilities of pairs.
+"""Direct preference optimization of a language model on pairs of completions, and its family.
 
 Rafailov et al. 2023, Direct preference optimization: your language model is secretly a reward model, arXiv:2305.18290.
 
@@ -17,18 +17,68 @@ Of the family (`LOSSES` has their functions, `SETTINGS` their hyper-parameters):
     tdpo1, tdpo2   Zeng et al. 2024, arXiv:2404.11999, section 4
 
 Differs from the papers: IPO takes averages over tokens, as its authors did; hinge takes ratios to the reference and no
-likelihood term, as TRL; ORPO's odds are bounded where a completion is certain. The tables are in docs/dpo.md.
+likelihood term, as TRL; ORPO's odds are bounded where a completion is certain. Dropout is off, in the policy as in the
+reference; nothing is truncated. The tables are in docs/dpo.md.
+
+    python -m rl_lab.dpo --model smollm2-135m --data pairs.jsonl        expected results: docs/dpo.md
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from inspect import signature
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from rl_lab.cli import run
+from rl_lab.distributed import lasting, ranks
+from rl_lab.language import Packed, Tree, autocast, logits, micro_batches, pack
+from rl_lab.language_training import LanguageRun, PreferenceArgs, drawn, open_data, open_model
+from rl_lab.preference_metrics import larger, share
+from rl_lab.reference import cached_logprobs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args(PreferenceArgs):
+    """Defaults are for a model of some 100 million weights."""
+
+    loss: Literal[
+        "sigmoid", "ipo", "hinge", "robust", "conservative", "apo_zero", "apo_down", "simpo", "orpo", "tdpo1", "tdpo2"
+    ] = "sigmoid"
+    """which of the family"""
+    beta: float = 0.1
+    """how much a log-ratio to the reference counts; simpo wants 2 and more"""
+    label_smoothing: float = 0.0
+    """share of wrong labels that robust and conservative reckon with"""
+    gamma: float = 0.5
+    """simpo's margin"""
+    alpha: float = 0.5
+    """weight of tdpo2's KLs"""
+    orpo_lambda: float = 0.1
+    """weight of orpo's odds"""
+    steps: int = 250
+    """gradient steps"""
+    learning_rate: float = 5e-6
+    """of AdamW"""
+    warmup: int = 25
+    """gradient steps over which the learning rate rises from zero"""
+    micro_tokens: int = 8192 if torch.cuda.is_available() else 1
+    """tokens that are computed at once, in whole pairs and at least one; the gradient does not depend on it"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require("beta", 0 < self.beta < float("inf"), "finite and above 0")
+        self.require("label_smoothing", 0 <= self.label_smoothing < 0.5, "0 or more and below 0.5")
+        for field in ("gamma", "alpha", "orpo_lambda"):
+            self.require(field, 0 <= getattr(self, field) < float("inf"), "finite and 0 or more")
+        for field, default in (("label_smoothing", 0.0), ("gamma", 0.5), ("alpha", 0.5), ("orpo_lambda", 0.1)):
+            used = field in SETTINGS[self.loss] or getattr(self, field) == default
+            self.require(field, used, f"left out: --loss {self.loss} does not take it")
 
 
 @dataclass(frozen=True)
@@ -172,3 +222,88 @@ def implicit_rewards(pairs: Pairs, *, beta: float) -> tuple[Tensor, Tensor]:
     """
     chosen, rejected = pairs.average_logps if pairs.reference_chosen_logps is None else pairs.logratios
     return beta * chosen.detach(), beta * rejected.detach()
+
+
+def sequential_kls(model_logits: Tensor, reference_logits: Tensor, packed: Packed) -> Tensor:
+    """(branches,) sum_t KL(reference(. | y_<t) || policy(. | y_<t)), from (K, V) logits    [Zeng et al. 2024, Eq. 9]"""
+    policy, reference = model_logits.log_softmax(1), reference_logits.log_softmax(1)
+    return packed.sums((reference.exp() * (reference - policy)).sum(1))
+
+
+def pairs_of(model: Any, reference: Any, trees: list[Tree], known: Tensor | None, args: Args) -> Pairs:
+    """What the models say of a micro-batch of pairs.
+
+    Args:
+        reference: the model at the start, for losses with KLs; else None.
+        known: (B, 2) its log-probabilities of the chosen and the rejected; None for losses without a reference.
+    """
+    packed = pack(trees, args.torch_device)
+    with autocast(args.torch_device, args.bf16):
+        scores = logits(model, packed)
+        with torch.no_grad():
+            start = logits(reference, packed) if reference else None
+    logps = packed.sums(scores.gather(1, packed.targets[:, None]).squeeze(1) - scores.logsumexp(1))
+    kls = None if start is None else sequential_kls(scores, start, packed)
+    numbers = (logps, known, packed.lengths, kls)  # each (2 B,), chosen and rejected in turn
+    sides = [side for x in numbers for side in ((None, None) if x is None else x.view(-1, 2).unbind(1))]
+    return Pairs(*sides)  # type: ignore[arg-type]
+
+
+def measures(pairs: Pairs, args: Args) -> dict[str, Tensor]:
+    """(B,) losses, and what is logged beside them."""
+    losses = LOSSES[args.loss](pairs, **{name: getattr(args, name) for name in SETTINGS[args.loss]})
+    chosen, rejected = implicit_rewards(pairs, beta=args.beta)
+    return {
+        "losses/loss": losses,
+        "rewards/accuracy": ((chosen - rejected).sign() + 1) / 2,  # a tie is half a success
+        "rewards/margin": chosen - rejected,
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "logps/chosen": pairs.policy_chosen_logps.detach(),  # both may fall
+        "logps/rejected": pairs.policy_rejected_logps.detach(),
+    }
+
+
+def train(args: Args) -> LanguageRun:
+    """Train a model; everything is in the run folder afterwards."""
+    args = lasting(args)
+    model, tokenizer = open_model(args)
+    data, held_out = (x.trees for x in open_data(args, tokenizer, "pairs"))
+    trees, (rank, size), known = data + held_out, ranks(), None
+    reference = copy.deepcopy(model).requires_grad_(False) if args.loss in NEED_KLS else None
+    if args.loss not in REFERENCE_FREE:
+        print(f"log-probabilities of {len(trees)} pairs under the reference, computed once and kept")
+        known = cached_logprobs(model, trees, args.micro_tokens, args.bf16).view(-1, 2)
+    run = LanguageRun(args, "dpo", model, tokenizer, args.generators(0)[0])
+
+    def parts(indices: Sequence[int]) -> Iterator[dict[str, Tensor]]:
+        for group in micro_batches([trees[i] for i in indices], args.micro_tokens):
+            mine = [indices[i] for i in group]
+            fixed = None if known is None else known[mine]
+            yield measures(pairs_of(model, reference, [trees[i] for i in mine], fixed, args), args)
+
+    def evaluate() -> dict[str, Any]:
+        with torch.no_grad():
+            found = list(parts(range(len(data), len(trees))))
+        table = {name: torch.cat([part[name] for part in found]) for name in found[0]}
+        lengths = [[len(x) for x in tree.branches] for tree in held_out]
+        report = {"pairs": len(held_out), "accuracy": share(table["rewards/accuracy"].cpu())}
+        report |= {"length_baseline": share(larger(*zip(*lengths, strict=True)))}
+        return report | {name.replace("/", "_"): float(x.mean()) for name, x in table.items()}
+
+    for step in run.steps():
+        indices = drawn(len(data), args.batch_size, args.seed, step)[rank::size]
+        metrics = run.learn(parts(indices), args.batch_size)
+        if run.evaluation_due:
+            report = evaluate()
+            metrics |= {"eval/loss": report["losses_loss"], "eval/accuracy": report["accuracy"]["mean"]}
+        run.log(metrics, f"loss {metrics['losses/loss']:.4f}, accuracy {metrics['rewards/accuracy']:.2f}")
+    report = evaluate() | {"seconds": round(run.elapsed, 1)}
+    form = "{mean:.3f} [{low:.3f}, {high:.3f}]"
+    shares = form.format(**report["accuracy"]), form.format(**report["length_baseline"])
+    run.finish(f"accuracy on {len(held_out)} held-out pairs {shares[0]}, of taking the longer one {shares[1]}", report)
+    return run
+
+
+def main() -> None:
+    run(train, Args)

@@ -63,9 +63,9 @@ class Args(LanguageArgs):
     """share of the prompts, by their hash, that is kept for evaluation"""
     eval_prompts: int = 500
     """held-out prompts to answer greedily before and after training, and every --eval-every"""
-    steps: int = 30
+    steps: int = 40
     """rounds of sampling and learning"""
-    prompts_per_step: int = 6
+    prompts_per_step: int = 16
     """prompts of a round"""
     group_size: int = 8
     """completions of each prompt, G"""
@@ -89,8 +89,6 @@ class Args(LanguageArgs):
     """its estimator"""
     learning_rate: float = 1e-5
     """of AdamW"""
-    decay: bool = False
-    """let the learning rate fall to zero as a line"""
     micro_tokens: int = 1024
     """tokens that are computed at once; the gradient does not depend on it"""
 

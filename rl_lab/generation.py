@@ -59,7 +59,7 @@ def generate(
     cache.batch_repeat_interleave(group_size)
     mask, positions = (x.repeat_interleave(group_size, 0) for x in (mask, positions[:, -1:]))
     for t in range(max_new_tokens):
-        tokens = _choose(scores.float(), temperature, generator)
+        tokens = choose(scores.float(), temperature, generator)
         actions[t, rows] = torch.where(running, tokens, 0)
         alive[t, rows] = running
         running = running & ~torch.isin(tokens, ends)
@@ -85,7 +85,7 @@ def generate(
     return {"actions": actions[:length], "alive": alive[:length], "terminated": ~truncated, "truncated": truncated}
 
 
-def _choose(scores: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+def choose(scores: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
     """Tokens (B,) for logits (B, V)."""
     if temperature == 0:
         return scores.argmax(1)

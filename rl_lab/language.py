@@ -8,9 +8,9 @@ begin with is computed once, and logits only where a completion's token is predi
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -77,11 +77,12 @@ def locate(name: str, flag: str = "--model") -> str:
         ValueError: if the name is one of `KEPT` and not made yet, or a folder without a model.
     """
     if (run := Path(name) / "model").is_dir():
-        return str(run)
+        return str(run.resolve())  # absolute, as an adapter remembers it
     if Path(name).is_dir():
-        if not (Path(name) / "config.json").is_file() or (Path(name) / "episodes.csv.gz").is_file():
+        known = any((Path(name) / file).is_file() for file in ("config.json", "adapter_config.json"))
+        if not known or (Path(name) / "episodes.csv.gz").is_file():
             raise ValueError(f"{flag} {name}: a folder without a model; an unfinished run has none yet")
-        return name
+        return str(Path(name).resolve())
     if name in KEPT:
         folder = models_folder() / name
         if not folder.is_dir():
@@ -90,27 +91,42 @@ def locate(name: str, flag: str = "--model") -> str:
     return name
 
 
-def load_model(name: str, flag: str = "--model", num_labels: int = 0) -> Any:
+def load_model(name: str, flag: str = "--model", num_labels: int = 0, seed: int = 0) -> Any:
     """A model in float32, in eval mode, which leaves dropout out; a run's adapter is merged into its weights.
 
     Args:
         name: as `locate` takes it.
         num_labels: 0 for a causal language model, else one with a linear head of so many outputs on its last layer.
+        seed: of the head's weights where the model has no such head yet: N(0, 1 / (d + 1)^2), d its inputs, so small
+            that its outputs hardly differ.
     Raises:
-        ValueError: if there is none, or no safetensors file of it.
+        ValueError: if there is none, or no safetensors file of it, or one without all weights.
     """
     transformers = require("transformers", "preference")
     path = locate(name, flag)
-    if (adapter := Path(path) / "adapter_config.json").is_file():
-        base = load_model(json.loads(adapter.read_text())["base_model_name_or_path"], flag, num_labels)
-        return require("peft", "preference").PeftModel.from_pretrained(base, path).merge_and_unload().eval()
+    if (Path(path) / "adapter_config.json").is_file():
+        peft = require("peft", "preference")
+        config = peft.PeftConfig.from_pretrained(path)
+        config.task_type = None  # a causal model's adapter fits a reward model too
+        base = load_model(config.base_model_name_or_path, flag, num_labels, seed)
+        model = peft.PeftModel.from_pretrained(base, path, config=config).merge_and_unload()
+        model.name_or_path = path  # what a further adapter says it is for
+        return model.requires_grad_(True).eval()  # peft froze it
     kind = transformers.AutoModelForSequenceClassification if num_labels else transformers.AutoModelForCausalLM
     labels = {"num_labels": num_labels} if num_labels else {}
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # it would report the head's weights, which are looked after here
     try:
-        model = kind.from_pretrained(path, dtype=torch.float32, use_safetensors=True, **labels)
+        model, report = kind.from_pretrained(
+            path, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **labels
+        )
     except (OSError, ValueError) as error:
         raise _unavailable(name, flag, error) from None
+    if "score.weight" in report["missing_keys"]:
+        head = model.score.weight.data
+        head.normal_(0, 1 / (head.shape[1] + 1), generator=torch.Generator().manual_seed(seed))
+    if missing := sorted(set(report["missing_keys"]) - {"score.weight"}):
+        raise ValueError(f"{flag} {name}: its files lack {', '.join(missing[:3])}{' ...' if missing[3:] else ''}")
     return model.eval()
 
 
@@ -153,7 +169,8 @@ def add_lora(model: Any, rank: int, seed: int) -> Any:
     peft = require("peft", "preference")
     head = "SEQ_CLS" if type(model).__name__.endswith("ForSequenceClassification") else "CAUSAL_LM"
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type=head)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
         torch.manual_seed(seed)
         return peft.get_peft_model(model, config).eval()
 
@@ -162,7 +179,7 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> Tokens:
     """A prompt's tokens: messages by the tokenizer's chat template, text with what the tokenizer puts before a text."""
     if isinstance(prompt, str):
         ids: Tokens = tokenizer(prompt)["input_ids"]
-        if prompt and ids[-1] == tokenizer.eos_token_id:  # some tokenizers end every text
+        if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:  # some tokenizers end every text
             ids = ids[:-1]
         return ids or [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
     if not tokenizer.chat_template:
@@ -244,6 +261,26 @@ def token_logprobs(model: Any, packed: Packed, temperature: float = 1.0, bf16: b
     with autocast(packed.targets.device, bf16):
         scores = logits(model, packed) / temperature
     return scores.gather(1, packed.targets[:, None]).squeeze(1) - scores.logsumexp(1)
+
+
+def rewards(model: Any, packed: Packed, places: Tensor | None = None) -> Tensor:
+    """(branches,) float32 rewards: a reward model's output at each branch's last token; or (R,) at `places`."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # adapters stay in
+    inputs = {name: x for name, x in packed.inputs.items() if name != "logits_to_keep"}
+    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state[0]
+    with torch.autocast(hidden.device.type, enabled=False):  # rewards of 8 bits would be tied
+        read: Tensor = model.score(hidden[packed.ends if places is None else places].float())
+    return read.squeeze(1)
+
+
+@torch.no_grad()
+def score(model: Any, trees: Sequence[Tree], micro_tokens: int = 1024) -> list[list[float]]:
+    """The rewards of each tree's branches, which end with EOS (`encode_completion`) as those that it was trained on."""
+    found: list[list[float]] = []
+    for group in micro_batches(trees, micro_tokens):
+        values = iter(rewards(model, pack([trees[i] for i in group], model.device)).tolist())
+        found += [[next(values) for _ in trees[i].branches] for i in group]
+    return found
 
 
 def autocast(device: torch.device, bf16: bool) -> AbstractContextManager[Any]:

@@ -6,10 +6,10 @@ import contextlib
 import functools
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -17,9 +17,10 @@ from torch import Tensor
 
 from rl_lab.checkpoint import replace_file
 from rl_lab.cli import BaseArgs
-from rl_lab.distributed import summed
-from rl_lab.language import add_lora, load_model, load_tokenizer, save_model
+from rl_lab.distributed import ranks, summed
+from rl_lab.language import Tree, add_lora, load_model, load_tokenizer, save_model
 from rl_lab.optim import fast_bf16
+from rl_lab.preference_data import Example, read, select, tokenize
 from rl_lab.run import BaseRun
 
 
@@ -65,10 +66,66 @@ class LanguageArgs(BaseArgs):
         return self.steps
 
 
+@dataclass(frozen=True, kw_only=True)
+class PreferenceArgs(LanguageArgs):
+    """Flags of every command that learns from examples."""
+
+    data: str
+    """.jsonl or .jsonl.gz file, or a data set of the Hugging Face hub as name or name:split"""
+    train: tuple[float, float] = (0.0, 0.9)
+    """share of the prompts, by their hash, to learn from"""
+    holdout: tuple[float, float] = (0.9, 1.0)
+    """share of the prompts to evaluate on"""
+    max_tokens: int = 512
+    """of a prompt with a completion; longer examples are left out"""
+    batch_size: int = 8
+    """examples of a gradient step"""
+    eval_examples: int = 500
+    """held-out examples to evaluate on, at most"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for field in ("train", "holdout"):
+            low, high = getattr(self, field)
+            self.require(field, 0 <= low < high <= 1, "two numbers with 0 <= low < high <= 1")
+        apart = self.train[1] <= self.holdout[0] or self.holdout[1] <= self.train[0]
+        self.require("holdout", apart, f"apart from --train {self.train}")
+
+
+class Examples(NamedTuple):
+    """Examples with their tokens, in the same order."""
+
+    examples: list[Example]
+    trees: list[Tree]
+
+
+def open_data(args: PreferenceArgs, tokenizer: Any, kind: str) -> tuple[Examples, Examples]:
+    """What to learn from and what to evaluate on. ValueError if either is empty.
+
+    Args:
+        kind: of `preference_data.KINDS`.
+    """
+    args.require("batch_size", args.batch_size >= ranks()[1], f"{ranks()[1]} or more: each process needs an example")
+    everything, left_out = read(args.data, kind)
+    shares = []
+    for field in ("train", "holdout"):
+        chosen = select(everything, getattr(args, field))
+        trees, kept = tokenize(chosen, tokenizer, args.max_tokens)
+        told = f"{len(chosen) - len(kept)} of {len(chosen)} examples have more than {args.max_tokens} tokens"
+        args.require(field, bool(trees), f"a share with examples to use: {told} (--max-tokens)")
+        shares.append(Examples([chosen[i] for i in kept], trees))
+        if len(kept) < len(chosen):
+            print(f"--{field}: {told}")
+    if left_out:
+        print(f"{len(left_out)} pairs are left out: their answers do not follow one prompt (the first: {left_out[0]})")
+    train, (examples, trees) = shares
+    return train, Examples(examples[: args.eval_examples], trees[: args.eval_examples])
+
+
 def open_model(args: LanguageArgs, num_labels: int = 0) -> tuple[Any, Any]:
     """The model to train, on its device and with adapters if they are asked for, and its tokenizer."""
     tokenizer = load_tokenizer(args.model)
-    model = load_model(args.model, num_labels=num_labels)
+    model = load_model(args.model, num_labels=num_labels, seed=args.seed)
     if args.lora_rank:
         model = add_lora(model, args.lora_rank, args.seed)
     return model.to(args.torch_device), tokenizer
@@ -164,6 +221,26 @@ class LanguageRun(BaseRun):
             group["lr"] = self.learning_rate
         self.optimizer.step()
         return float(norm)
+
+    def learn(self, parts: Iterable[dict[str, Tensor]], count: int) -> dict[str, float]:
+        """One gradient step on the mean of `losses/loss`; returns the means of all measures, and the gradient's norm.
+
+        Args:
+            parts: measures of micro-batches, each (B,) with a number for every example.
+            count: examples of all micro-batches of all processes; their tokens, where numbers are sums over these.
+        """
+        sums: dict[str, Tensor] = {}
+
+        def losses() -> Iterator[Tensor]:
+            for measures in parts:
+                for name, x in measures.items():
+                    sums[name] = sums.get(name, torch.zeros((), device=x.device)) + x.detach().sum()
+                yield measures["losses/loss"].sum() / count
+
+        norm = self.update(losses())
+        means = torch.stack(list(sums.values())) / count
+        summed([means])
+        return {**dict(zip(sums, means.tolist(), strict=True)), "losses/grad_norm": norm}
 
     @contextlib.contextmanager
     def resumable(self, unchanged: bool = False) -> Iterator[None]:

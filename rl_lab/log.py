@@ -299,7 +299,7 @@ def _masked_crc32c(data: bytes) -> bytes:
 def provenance() -> dict[str, Any]:
     """What it takes to do a run again; neither the environment's variables nor names of people or machines."""
     versions = {"python": platform.python_version(), "rl_lab": __version__}
-    for package in ("torch", "numpy", "gymnasium", "mujoco"):
+    for package in ("torch", "numpy", "gymnasium", "mujoco", "transformers", "peft"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     cpu = platform.processor()

@@ -2,13 +2,14 @@
 
 Formats, told apart by their keys; a text is a string or a list of messages {"role": ..., "content": ...}:
 
-    pairs                   chosen, rejected, and prompt unless both begin with it
+    pairs                   chosen, rejected, prompt unless both begin with it, and margin if there are any
     completions             prompt, completion; or messages, the last of which is the completion; or text
     labelled completions    prompt, completion, label
     labelled steps          prompt, completions, labels
     prompts                 prompt
 
-They are those of TRL (https://huggingface.co/docs/trl/dataset_formats); strings that begin with "\\n\\nHuman:" are read
+They are those of TRL (https://huggingface.co/docs/trl/dataset_formats), but that a pair of plain texts has its prompt
+beside it: how much of what both begin with is prompt would be a guess. Strings that begin with "\\n\\nHuman:" are read
 as the transcripts of hh-rlhf [Bai et al. 2022, arXiv:2204.05862].
 """
 
@@ -17,10 +18,14 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import math
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from jinja2 import TemplateError
 
 from rl_lab import require
 from rl_lab.language import Message, Prompt, Tree, encode_completion, encode_prompt
@@ -41,12 +46,14 @@ class Example(NamedTuple):
         completions: (chosen, rejected) of a pair, the steps of labelled steps, one of completions, none of prompts.
         labels: of what is labelled, for each completion whether it is good; else none.
         where: file and line.
+        margin: of a pair, by how much the chosen one is better; None where the line has none.
     """
 
     prompt: Prompt
     completions: tuple[str, ...]
     labels: tuple[bool, ...]
     where: str
+    margin: float | None = None
 
 
 def read(data: str, kind: str, flag: str = "--data") -> tuple[list[Example], list[str]]:
@@ -59,44 +66,70 @@ def read(data: str, kind: str, flag: str = "--data") -> tuple[list[Example], lis
     Raises:
         ValueError: if it cannot be read or is empty, or for a line that is no such example; the line is named.
     """
-    rows = read_lines(data, flag) if Path(data).exists() or _is_file_name(data) else _hub_rows(data, flag)
     examples, left_out = [], []
-    for where, row in rows:
+    for where, row in _rows(data, flag):
         example = _example(row, kind, where)
         if example is None:
             left_out.append(where)
         else:
             examples.append(example)
+    if left_out and not examples:
+        raise ValueError(f"{flag} {data}: of all {len(left_out)} pairs the answers do not follow one prompt")
     if not examples:
         raise ValueError(f"{flag} {data}: no examples; a line holds {KINDS[kind]}")
     return examples, left_out
 
 
-def _is_file_name(data: str) -> bool:
-    return data.endswith((".jsonl", ".jsonl.gz", ".json")) or data.startswith((".", "/"))
+def kind_of(data: str, flag: str = "--data") -> str:
+    """Which of `KINDS` the keys of the first line say. ValueError if there is none, or if they say none."""
+    where, row = next(_rows(data, flag), (f"{flag} {data}", {}))
+    keys = {key for key, x in row.items() if x is not None} if isinstance(row, dict) else set()
+    for kind, wanted in (
+        ("pairs", {"chosen", "rejected"}),
+        ("labelled steps", {"completions", "labels"}),
+        ("labelled completions", {"completion", "label"}),
+    ):
+        if wanted <= keys:
+            return kind
+    if keys & {"completion", "messages", "text"}:
+        return "completions"
+    if "prompt" in keys:
+        return "prompts"
+    raise ValueError(f"{where}: has {', '.join(sorted(keys)) or 'nothing'}; needs {'; or '.join(KINDS.values())}")
+
+
+def _rows(data: str, flag: str) -> Iterator[tuple[str, Any]]:
+    """Where each row is, and what is there."""
+    is_file = data.endswith((".jsonl", ".json", ".gz")) or data.startswith((".", "/")) or Path(data).exists()
+    return read_lines(data, flag) if is_file else _hub_rows(data, flag)
 
 
 def read_lines(data: str, flag: str) -> Iterator[tuple[str, Any]]:
     """What each line of a .jsonl or .jsonl.gz file holds, behind its file and line. ValueError names either."""
     path = Path(data)
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    where = f"{path}:{number}"
-                    try:
-                        yield where, json.loads(line)
-                    except ValueError as error:
-                        raise ValueError(f"{where}: no JSON: {error}") from None
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise ValueError(f"{flag} {path}: {error}; a .jsonl or .jsonl.gz file works") from None
+                    yield f"{path}:{number}", _parse(line, f"{path}:{number}")
+    except (OSError, EOFError, zlib.error) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise ValueError(f"{flag} {path}: {reason}; a whole .jsonl or .jsonl.gz file works") from None
+
+
+def _parse(line: bytes, where: str) -> Any:
+    try:
+        row = json.loads(line)  # a byte order mark may stand before it
+        json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is JSON, but no text
+    except ValueError as error:
+        raise ValueError(f"{where}: no JSON in UTF-8: {error}") from None
+    return row
 
 
 def _hub_rows(data: str, flag: str) -> Iterator[tuple[str, Any]]:
     name, _, split = data.partition(":")
-    datasets = require("datasets", "preference")
     try:
-        rows = datasets.load_dataset(name, split=split or "train")
+        rows = require("datasets", "preference").load_dataset(name, split=split or "train")
     except Exception as error:  # of many kinds
         first = str(error).strip().partition("\n")[0]
         raise ValueError(
@@ -127,25 +160,32 @@ def _example(row: Any, kind: str, where: str) -> Example | None:
     if kind == "prompts" and "prompt" in row:
         return Example(_prompt(row["prompt"], where), (), (), where)
     example = _completion(row, where)
+    if kind == "prompts" and not example.prompt:
+        raise ValueError(f"{where}: a plain text has no prompt")
     return example._replace(completions=()) if kind == "prompts" else example
 
 
 def _pair(row: dict[str, Any], where: str) -> Example | None:
     _demand(row, ("chosen", "rejected"), where)
+    margin = row.get("margin")
+    if margin is not None and (not isinstance(margin, int | float) or not 0 <= margin < math.inf):
+        raise ValueError(f"{where}: margin {margin!r} must be a finite number, 0 or more")
     if "prompt" in row:
         answers = _answer(row["chosen"], where), _answer(row["rejected"], where)
-        return Example(_prompt(row["prompt"], where), answers, (), where)
-    (prompt, chosen), (other, rejected) = (_split(_prompt(row[name], where), where) for name in ("chosen", "rejected"))
-    return Example(prompt, (chosen, rejected), (), where) if prompt == other else None
+        return Example(_prompt(row["prompt"], where), answers, (), where, margin)
+    (prompt, chosen), (other, rejected) = (_split(_turns(row[name], where), where) for name in ("chosen", "rejected"))
+    return Example(prompt, (chosen, rejected), (), where, margin) if prompt == other else None
 
 
 def _completion(row: dict[str, Any], where: str) -> Example:
+    if "completion" in row and "label" in row:
+        raise ValueError(f"{where}: a labelled completion, which may be a bad one; without label it is one to imitate")
     if "prompt" in row and ("completion" in row or "chosen" in row):
         answer = _answer(row.get("completion", row.get("chosen")), where)
         return Example(_prompt(row["prompt"], where), (answer,), (), where)
     for name in ("messages", "chosen", "text"):
         if name in row:
-            whole = _prompt(row[name], where)
+            whole = _turns(row[name], where)
             prompt, answer = ("", whole) if name == "text" and isinstance(whole, str) else _split(whole, where)
             return Example(prompt, (answer,), (), where)
     raise ValueError(f"{where}: has {', '.join(row) or 'nothing'}; needs {KINDS['completions']}")
@@ -158,6 +198,13 @@ def _demand(row: dict[str, Any], names: Iterable[str], where: str) -> None:
 
 
 def _prompt(value: Any, where: str) -> Prompt:
+    """What is to be answered; a transcript's may end with "\\n\\nAssistant:", where the answer would begin."""
+    prompt = _turns(value, where)
+    opened = isinstance(value, str) and prompt[-1:] == [{"role": "assistant", "content": ""}]
+    return prompt[:-1] if opened else prompt
+
+
+def _turns(value: Any, where: str) -> Prompt:
     """A string as it is, a transcript and messages as messages."""
     if isinstance(value, str):
         return _transcript(value) if value.startswith("\n\nHuman:") else value
@@ -170,7 +217,7 @@ def _prompt(value: Any, where: str) -> Prompt:
 
 
 def _transcript(text: str) -> list[Message]:
-    """The turns of "\n\nHuman: ...\n\nAssistant: ..."."""
+    """The turns of "\\n\\nHuman: ...\\n\\nAssistant: ..."."""
     parts = re.split(r"\n\n(Human|Assistant):", text)[1:]
     roles = {"Human": "user", "Assistant": "assistant"}
     return [{"role": roles[who], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2], strict=True)]
@@ -181,7 +228,7 @@ def _split(whole: Prompt, where: str) -> tuple[Prompt, str]:
     if isinstance(whole, str):
         raise ValueError(f"{where}: a plain text without a prompt beside it; add one as prompt")
     if len(whole) < 2 or whole[-1]["role"] != "assistant":
-        raise ValueError(f"{where}: a conversation must end with an answer of the assistant")
+        raise ValueError(f"{where}: a conversation must end with the assistant's answer to what comes before")
     return whole[:-1], whole[-1]["content"]
 
 
@@ -189,9 +236,12 @@ def _answer(value: Any, where: str) -> str:
     """A completion: a string, or one message of the assistant."""
     if isinstance(value, str):
         return value
-    messages = _prompt(value, where)
+    messages = _turns(value, where)
     if len(messages) != 1 or messages[0]["role"] != "assistant":  # type: ignore[index]
-        raise ValueError(f"{where}: a completion must be a string or a single message of the assistant")
+        raise ValueError(
+            f"{where}: beside a prompt, a completion must be a string or a single message of the assistant; "
+            "a pair of whole conversations has no prompt beside it"
+        )
     return messages[0]["content"]  # type: ignore[index]
 
 
@@ -204,22 +254,40 @@ def _label(value: Any, where: str) -> bool:
 def place(prompt: Prompt) -> float:
     """A number in [0, 1) that depends on the prompt alone, by which prompts are split."""
     digest = hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).digest()
-    return int.from_bytes(digest[:7], "big") / 2**56
+    return int.from_bytes(digest[:6], "big") / 2**48  # exact; 7 bytes could be rounded up to 1
 
 
 def select(examples: Iterable[Example], share: tuple[float, float]) -> list[Example]:
-    """The examples whose prompt's place lies in [share[0], share[1])."""
-    return [example for example in examples if share[0] <= place(example.prompt) < share[1]]
+    """The examples whose prompt's place lies in [share[0], share[1]); a text without a prompt has its own place."""
+    return [example for example in examples if share[0] <= place(split_by(example)) < share[1]]
+
+
+def split_by(example: Example) -> Prompt:
+    """What an example is split by: its prompt, or the text where there is none."""
+    return example.prompt or "".join(example.completions[:1])
+
+
+def longest(tree: Tree) -> int:
+    """Tokens of the prompt with the longest branch."""
+    return len(tree.prompt) + max(map(len, tree.branches), default=0)
 
 
 def tokenize(examples: Sequence[Example], tokenizer: Any, most: int) -> tuple[list[Tree], list[int]]:
     """Examples as trees, and the indices of those that were kept: of at most `most` tokens with every branch.
 
     Nothing is truncated: what was cut off could be the answer, or what the answer answers.
+
+    Raises:
+        ValueError: if the tokenizer has no chat template for messages, or it refuses them; their line is named.
     """
-    trees = [
-        Tree(encode_prompt(tokenizer, x.prompt), tuple(encode_completion(tokenizer, text) for text in x.completions))
-        for x in examples
-    ]
-    kept = [i for i, tree in enumerate(trees) if len(tree.prompt) + max(map(len, tree.branches), default=0) <= most]
+    trees = [_tree(example, tokenizer) for example in examples]
+    kept = [i for i, tree in enumerate(trees) if longest(tree) <= most]
     return [trees[i] for i in kept], kept
+
+
+def _tree(example: Example, tokenizer: Any) -> Tree:
+    try:
+        prompt = encode_prompt(tokenizer, example.prompt)
+    except TemplateError as error:
+        raise ValueError(f"{example.where}: the model's chat template refuses the prompt: {error}") from None
+    return Tree(prompt, tuple(encode_completion(tokenizer, text) for text in example.completions))

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SERVER = """
 import json, os, runpy, sys, traceback
 import rl_lab.algorithms.ppo, rl_lab.envs.mujoco, torch._dynamo
+{imports}
 for request in sys.stdin:
     algo, flags, before, output = json.loads(request)
     if (pid := os.fork()) == 0:
@@ -67,11 +68,12 @@ class Ended:
 class Lab:
     """Runs `python -m rl_lab.ALGO`, one process at a time."""
 
-    def __init__(self, output: Path) -> None:
+    def __init__(self, output: Path, imports: str = "") -> None:
         self._output = output
+        code = SERVER.replace("{imports}", imports)
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.server = subprocess.Popen([sys.executable, "-c", SERVER], cwd=ROOT, env=environment, **pipes)
+        self.server = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment, **pipes)
 
     def start(self, *flags: object, before: str = "", algo: str = "ppo") -> int:
         """Start the command after some Python statements and return its process id; `wait` comes next."""
@@ -107,7 +109,18 @@ class Lab:
 
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    lab = Lab(tmp_path_factory.mktemp("output"))
+    yield from _open(Lab(tmp_path_factory.mktemp("output")))
+
+
+@pytest.fixture(scope="module")
+def language_lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    """A lab that has transformers loaded."""
+    pytest.importorskip("transformers")
+    imports = "import transformers.models.llama.modeling_llama, rl_lab.preference.dpo, rl_lab.preference.kto"
+    yield from _open(Lab(tmp_path_factory.mktemp("output"), imports))
+
+
+def _open(lab: Lab) -> Iterator[Lab]:
     yield lab
     assert lab.server.stdin
     lab.server.stdin.close()

@@ -89,22 +89,27 @@ def test_shapes() -> None:
 
 @pytest.mark.parametrize("n", [2, 3, 8, 9])
 def test_mismatched(n: int) -> None:
-    """Guards true pairs in the estimate of the KL, at odd sizes too; every completion serves once."""
-    indices = kto.mismatched(n)
-    assert (indices != torch.arange(n)).all()
-    assert sorted(indices.tolist()) == list(range(n))
+    """Guards true pairs in the estimate of the KL, at odd sizes too; every completion serves once if prompts differ."""
+    batch = list(range(3, 3 + n))
+    found = kto.mismatched(batch, range(20))
+    assert all(i != j for i, j in zip(batch, found, strict=True))
+    assert sorted(found) == batch
 
 
 def test_mismatched_is_the_papers_shift() -> None:
     """(x_1, y_2), (x_2, y_3), (x_3, y_1)."""
-    assert kto.mismatched(3).tolist() == [1, 2, 0]
+    assert kto.mismatched([7, 4, 9], range(10)) == [4, 9, 7]
 
 
-@pytest.mark.parametrize("n", [0, 1])
-def test_one_example_has_no_mismatch(n: int) -> None:
-    """Guards a batch of one, which would be paired with itself."""
-    with pytest.raises(ValueError, match=f"2 examples or more, got {n}"):
-        kto.mismatched(n)
+def test_mismatched_passes_by_its_own_prompt() -> None:
+    """Guards two completions of one prompt, side by side or at the ends, and one example drawn twice."""
+    assert kto.mismatched([0, 1, 2, 3], "aabb") == [2, 2, 0, 0]
+    assert kto.mismatched([0, 1, 2], "aba") == [1, 2, 1]
+    assert kto.mismatched([0, 0, 1], "ab") == [1, 1, 0]
+
+
+def test_a_batch_of_one_prompt_looks_further() -> None:
+    assert kto.mismatched([2, 3], "abcc") == [0, 0] and kto.mismatched([0, 1], "aab") == [2, 2]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rl_lab.generation import completions, generate
@@ -128,6 +129,21 @@ def test_messages_by_the_template_text_as_it_is(tiny_model: Path) -> None:
     assert tokenizer.decode(encode_prompt(tokenizer, "hi")) == "hi"
     assert encode_prompt(tokenizer, "") == [1]  # something must come before the first token
     assert encode_completion(tokenizer, "ok")[-1] == tokenizer.eos_token_id
+
+
+def test_a_folder_is_found_from_everywhere(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An adapter remembers its model's folder, and may be loaded elsewhere."""
+    monkeypatch.chdir(tiny_model.parent)
+    assert Path(load_model(tiny_model.name).name_or_path) == tiny_model.resolve()
+
+
+def test_a_model_without_all_its_weights_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    weights = load_file(tiny_model / "model.safetensors")
+    lost = weights.popitem()[0]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_text((tiny_model / "config.json").read_text())
+    with pytest.raises(ValueError, match=f"its files lack {lost}"):
+        load_model(str(tmp_path))
 
 
 def test_an_adapter_changes_nothing_at_first_and_is_merged_when_loaded(tiny_model: Path, tmp_path: Path) -> None:

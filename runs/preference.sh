@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# Reproduce the preference results in the README: runs/preference.sh [grpo|dpo-task|dpo-pairs...]
+#   grpo        GRPO of SmolLM2-135M on larger-of-two, five seeds
+#   dpo-task    DPO on pairs of right and wrong answers of the same task, sampled from the model itself
+#   dpo-pairs   DPO on human pairs, and a reward model of disjoint prompts that judges it against the model at the start
+# Every run is a step of its own: skipped if it is finished, resumed if it was interrupted. In the environment, for other
+# than the defaults:
+#   SEEDS       "1 2 3 4 5"; dpo-pairs takes the first one only
+#   PAIRS       human pairs: ../shared/data/hh-rlhf/harmless-base-test.jsonl.gz
+#   DPO_STEPS, JUDGE_STEPS, ANSWERS    of dpo-pairs: gradient steps of 8 pairs, and prompts that are answered and judged
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+(($#)) || set -- grpo dpo-task dpo-pairs
+read -ra seeds <<< "${SEEDS:-1 2 3 4 5}"
+pairs=${PAIRS:-../shared/data/hh-rlhf/harmless-base-test.jsonl.gz}
+model=smollm2-135m task=larger-of-two
+python=${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo python3)}
+threads=${OMP_NUM_THREADS:-$(nproc)}
+
+"$python" -m rl_lab.models "$model"
+
+train() {  # train FOLDER COMMAND SEED FLAG...: the run is $run afterwards
+    local folder=$1 command=$2 seed=$3
+    run=$(compgen -G "$folder/${model}__${command}__${seed}__*" | head -n 1) || true
+    if [[ -z $run ]]; then
+        "$python" -m "rl_lab.$command" --model "$model" --seed "$seed" --torch-threads "$threads" --runs-dir "$folder" \
+            "${@:4}"
+        run=$(compgen -G "$folder/${model}__${command}__${seed}__*" | head -n 1)
+    elif [[ ! -d $run/model ]]; then
+        "$python" -m "rl_lab.$command" --resume "$run"
+    fi
+}
+
+keep() { "$python" -m rl_lab.curves.preference "$@"; }
+
+for what; do
+    runs=()
+    case $what in
+        grpo)
+            for seed in "${seeds[@]}"; do
+                train "runs/$what" grpo "$seed" --task "$task"
+                runs+=("$run")
+            done
+            keep "grpo-$task" "${runs[@]}"
+            ;;
+        dpo-task)
+            mkdir -p "runs/$what"
+            [[ -f runs/$what/pairs.jsonl ]] ||
+                "$python" -m rl_lab.verify "$model" --task "$task" --share 0 0.9 --num-prompts 600 \
+                    --pairs "runs/$what/pairs.jsonl"
+            [[ -f runs/$what/before.json ]] ||
+                "$python" -m rl_lab.verify "$model" --task "$task" --json "runs/$what/before.json"
+            for seed in "${seeds[@]}"; do
+                train "runs/$what" dpo "$seed" --data "runs/$what/pairs.jsonl" --train 0 0.8 --holdout 0.8 0.9 \
+                    --steps 40 --batch-size 16 --warmup 4 --learning-rate 1e-5 --micro-tokens 1024
+                cp "runs/$what/before.json" "$run"
+                [[ -f $run/after.json ]] ||
+                    "$python" -m rl_lab.verify "$run" --task "$task" --json "$run/after.json"
+                runs+=("$run")
+            done
+            keep "dpo-$task" "${runs[@]}"
+            ;;
+        *)
+            echo "usage: runs/preference.sh [grpo|dpo-task|dpo-pairs...]" >&2
+            exit 2
+            ;;
+    esac
+done

@@ -1,0 +1,75 @@
+"""Answers to a task's prompts: how many are right, and pairs of right and wrong ones."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rl_lab import verify
+from rl_lab.language import Prompt, Tree
+from rl_lab.preference_data import place, read
+from rl_lab.tasks import make
+
+
+class Oracle:
+    """In the place of the sampler: right answers to larger-of-two for even first numbers, all others the first one."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __call__(
+        self, prompts: list[Prompt], group_size: int, temperature: float
+    ) -> tuple[list[Tree], list[str], torch.Tensor]:
+        texts = []
+        for prompt in prompts:
+            a, b = map(int, str(prompt).rpartition("\n")[2].removesuffix(" ->").split(", "))
+            texts += [f" {max(a, b)}"] + [f" {max(a, b) if a % 2 == 0 else a}"] * (group_size - 1)
+        return [], texts, torch.zeros(len(texts), dtype=torch.bool)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *flags: str) -> None:
+    monkeypatch.setattr(verify, "Sampler", Oracle)
+    monkeypatch.setattr(sys, "argv", ["verify", *flags])
+    verify.main()
+
+
+def test_accuracy_is_of_the_share_asked_for(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "found.json"
+    run(monkeypatch, str(tiny_model), "--task", "larger-of-two", "--num-prompts", "50", "--json", str(path))
+    assert "on 50 prompts of larger-of-two, greedy: 1.000 right [0.929, 1.000]" in capsys.readouterr().out
+    assert json.loads(path.read_text())["accuracy"]["mean"] == 1.0
+
+
+def test_pairs_are_right_against_wrong_of_prompts_of_the_share(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts whose answers are all right, or all wrong, give none."""
+    path, flags = tmp_path / "pairs.jsonl", ("--share", "0", "0.5", "--num-prompts", "100", "--group-size", "3")
+    run(monkeypatch, str(tiny_model), "--task", "larger-of-two", "--pairs", str(path), *flags)
+    pairs, _ = read(str(path), "pairs")
+    task = make("larger-of-two")
+    assert 10 < len(pairs) < 40  # a quarter
+    for pair in pairs:
+        assert place(pair.prompt) < 0.5
+        assert task.reward([pair.prompt] * 2, list(pair.completions)) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        (["--task", "chess"], "--task chess: there are larger-of-two"),
+        (["--task", "addition", "--share", "0.5", "0.5"], "no prompts of addition"),
+        (["--task", "gsm8k:nothing.jsonl"], "No such file"),
+    ],
+)
+def test_bad_flags_end_in_one_line(
+    flags: list[str], wanted: str, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit, match=wanted):
+        run(monkeypatch, str(tiny_model), *flags)

@@ -116,7 +116,8 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
 def language_lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     """A lab that has transformers loaded."""
     pytest.importorskip("transformers")
-    imports = "import transformers.models.llama.modeling_llama, rl_lab.preference.dpo, rl_lab.preference.kto"
+    methods = ", ".join(f"rl_lab.preference.{name}" for name in ("dpo", "kto", "grpo"))
+    imports = f"import transformers.models.llama.modeling_llama, {methods}"
     yield from _open(Lab(tmp_path_factory.mktemp("output"), imports))
 
 

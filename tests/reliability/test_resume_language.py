@@ -32,21 +32,37 @@ rl_lab.run.FLUSH_EVERY = 1e9  # or a slow machine would make more calls
 steps = rl_lab.language_training.LanguageRun.steps
 rl_lab.language_training.LanguageRun.steps = lambda run: (sys.setprofile(count), steps(run))[1]
 """
-FLAGS = "--steps 10 --batch-size 3 --warmup 2 --learning-rate 1e-3 --checkpoint-every 2 --eval-every 4 --no-bf16"
+FLAGS = "--steps 10 --warmup 2 --learning-rate 1e-3 --checkpoint-every 2 --eval-every 4 --no-bf16"
+ROUNDS = (
+    "--prompts-per-step 4 --group-size 2 --max-new-tokens 4 --reward letters:early --holdout 0.5 1 --eval-prompts 2"
+)
+LETTERS = "def early(_, texts): return [sum(x < 'n' for x in text) for text in texts]"
 
 
 @pytest.mark.parametrize("before", [CALLS, WRITES], ids=["calls", "writes"])
-@pytest.mark.parametrize(("algo", "more"), [("dpo", ""), ("dpo", "--lora-rank 2 --loss tdpo2"), ("kto", "")])
+@pytest.mark.parametrize(
+    ("algo", "more"),
+    [
+        ("dpo", "--batch-size 3"),
+        ("dpo", "--batch-size 3 --lora-rank 2 --loss tdpo2"),
+        ("kto", "--batch-size 3"),
+        ("grpo", ROUNDS),
+        ("grpo", f"{ROUNDS} --epochs 2 --minibatches 2 --beta 0.1"),
+    ],
+)
 def test_killed_and_resumed(
     language_lab: Lab, tiny_model: Path, tmp_path: Path, algo: str, more: str, before: str
 ) -> None:
-    """Four times, anywhere between two function calls or two writes: checkpoints, logs, and the reference's files."""
-    lab, rows = language_lab, pairs() if algo == "dpo" else labelled(40)
-    flags = ["--model", tiny_model, "--data", write(tmp_path / "data.jsonl", rows), *FLAGS.split(), *more.split()]
-    cache = "import os; os.environ['RL_LAB_CACHE'] = {!r}\n"
+    """Four times, anywhere between two function calls or two writes: checkpoints, logs, and the reference's files; of
+    GRPO the samples and the evaluation before training."""
+    lab, rows = language_lab, labelled(40) if algo == "kto" else pairs()
+    data = "--prompts" if algo == "grpo" else "--data"
+    flags = ["--model", tiny_model, data, write(tmp_path / "data.jsonl", rows), *FLAGS.split(), *more.split()]
+    (tmp_path / "letters.py").write_text(LETTERS)
+    here = f"import os, sys; sys.path.insert(0, {str(tmp_path)!r}); os.environ['RL_LAB_CACHE'] = {{!r}}\n"
 
     def injected(moment: int, name: str) -> str:
-        return cache.format(str(tmp_path / name)) + before.replace("{moment}", str(moment))
+        return here.format(str(tmp_path / name)) + before.replace("{moment}", str(moment))
 
     whole = lab.run(*flags, "--runs-dir", tmp_path / "whole", before=injected(0, "cache"), algo=algo)
     assert (whole.status, whole.err) == (0, "")

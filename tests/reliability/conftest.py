@@ -18,7 +18,6 @@ ROOT = Path(__file__).resolve().parents[2]
 # It imports what takes seconds, computes nothing (a fork after that may hang), and forks a child for each request.
 SERVER = """
 import json, os, runpy, sys, traceback
-import rl_lab.algorithms.ppo, rl_lab.envs.mujoco, torch._dynamo
 {imports}
 for request in sys.stdin:
     algo, flags, before, output = json.loads(request)
@@ -53,7 +52,14 @@ TINY = {
     "td3": f"{SHARED} {REPLAY} --train-frequency 16",
     "iql": f"{DATA} --eval-every 96 --eval-episodes 2",
     "td3_bc": f"{DATA} --eval-every 96 --eval-episodes 2",
+    # 30 gradient steps, a checkpoint after every second.
+    "grpo": "--device cpu --steps 30 --prompts-per-step 2 --group-size 2 --max-new-tokens 3 --checkpoint-every 2",
 }
+PLAYING = "import rl_lab.algorithms.ppo, rl_lab.envs.mujoco, torch._dynamo"
+WRITING = (
+    "import rl_lab.preference.dpo, rl_lab.preference.grpo, rl_lab.preference.kto, torch._dynamo, "
+    "transformers.models.llama.modeling_llama"
+)
 
 
 @dataclass
@@ -68,12 +74,12 @@ class Ended:
 class Lab:
     """Runs `python -m rl_lab.ALGO`, one process at a time."""
 
-    def __init__(self, output: Path, imports: str = "") -> None:
+    def __init__(self, output: Path, imports: str) -> None:
         self._output = output
-        code = SERVER.replace("{imports}", imports)
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.server = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment, **pipes)
+        server = SERVER.replace("{imports}", imports)
+        self.server = subprocess.Popen([sys.executable, "-c", server], cwd=ROOT, env=environment, **pipes)
 
     def start(self, *flags: object, before: str = "", algo: str = "ppo") -> int:
         """Start the command after some Python statements and return its process id; `wait` comes next."""
@@ -107,21 +113,21 @@ class Lab:
         return sorted(runs_dir.iterdir(), key=lambda folder: int(folder.name.split("__")[2]))
 
 
-@pytest.fixture(scope="session")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    yield from _open(Lab(tmp_path_factory.mktemp("output")))
-
-
-@pytest.fixture(scope="module")
-def language_lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    """A lab that has transformers loaded."""
-    pytest.importorskip("transformers")
-    imports = "import transformers.models.llama.modeling_llama, rl_lab.preference.dpo, rl_lab.preference.kto"
-    yield from _open(Lab(tmp_path_factory.mktemp("output"), imports))
-
-
-def _open(lab: Lab) -> Iterator[Lab]:
+def started(output: Path, imports: str) -> Iterator[Lab]:
+    lab = Lab(output, imports)
     yield lab
     assert lab.server.stdin
     lab.server.stdin.close()
     lab.server.wait()
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    yield from started(tmp_path_factory.mktemp("output"), PLAYING)
+
+
+@pytest.fixture(scope="session")
+def language_lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    """For training commands of language models."""
+    pytest.importorskip("transformers")
+    yield from started(tmp_path_factory.mktemp("output"), WRITING)

@@ -33,11 +33,13 @@ def count(frame, event, argument, seen=[0]):
             os.kill(os.getpid(), signal.SIGKILL)
         if event == "call" and frame.f_code.co_name == "finish":
             print("count:", seen[0])
-import rl_lab.algorithms.{algo} as algo, rl_lab.run
+import rl_lab.{folder}.{algo} as algo, rl_lab.run
 rl_lab.run.FLUSH_EVERY = 1e9  # or a slow machine would make more calls
-train = algo.train
-algo.train = lambda args: (sys.setprofile(count), train(args))
+{begin}
 """
+TRAIN = "train = algo.train; algo.train = lambda args: (sys.setprofile(count), train(args))"
+# To load a language model and its tokenizer takes more calls than a few steps, and nothing is written meanwhile.
+LOADED = "made = algo.LanguageRun; algo.LanguageRun = lambda *x, **named: (sys.setprofile(count), made(*x, **named))[1]"
 # The same for the system calls by which files change, so that checkpoints and logs are torn.
 WRITES = """
 import os, signal, rl_lab.run
@@ -48,7 +50,7 @@ def counted(name, seen=[0]):
         seen[0] += 1
         if seen[0] == {moment}:
             os.kill(os.getpid(), signal.SIGKILL)
-        if name == "replace" and "model" in str(arguments[1]):
+        if name == "replace" and arguments[1].name in ("model.safetensors", "model"):
             print("count:", seen[0])
         return call(*arguments)
     setattr(os, name, wrapper)
@@ -68,7 +70,11 @@ def record(folders: list[Path]) -> dict[str, Any]:
     """All that runs leave, but wall times and speeds."""
     found: dict[str, Any] = {"checkpoint": frozen(checkpoint.load(folders[0])["state"])}
     for index, folder in enumerate(folders):
-        found[f"model {index}"] = frozen(checkpoint.load_tensors(folder / "model.safetensors")[0])
+        if (folder / "model").is_dir():  # of a language model
+            found["model"] = (folder / "model/model.safetensors").read_bytes()
+            found["evaluation"] = json.loads((folder / "evaluation.json").read_text()) | {"seconds": 0}
+        else:
+            found[f"model {index}"] = frozen(checkpoint.load_tensors(folder / "model.safetensors")[0])
         found[f"episodes {index}"] = gzip.decompress((folder / "episodes.csv.gz").read_bytes()).decode()
         found[f"events {index}"] = [(e.step, v.tag, v.simple_value) for e in events(folder) for v in scalars(e)]
     return found
@@ -93,7 +99,7 @@ def killed_and_resumed(
     folders: list[Path] = []
     reached = set()  # iterations
     for session, moment in enumerate([*moments, 0]):
-        injected = before.format(algo=algo, moment=moment)
+        injected = inject(before, algo, moment)
         if has_checkpoint(folders):
             ended = lab.run("--resume", folders[session % len(folders)], before=injected, algo=algo)
         else:
@@ -105,6 +111,11 @@ def killed_and_resumed(
                 reached.add(checkpoint.load(folders[0])["run"]["iteration"])
     assert len(reached) >= 4, "the kills did not spread over the run"
     return folders
+
+
+def inject(before: str, algo: str, moment: int) -> str:
+    folder, begin = ("preference", LOADED) if algo == "grpo" else ("algorithms", TRAIN)
+    return before.format(algo=algo, folder=folder, begin=begin, moment=moment)
 
 
 def has_checkpoint(folders: list[Path]) -> bool:
@@ -159,6 +170,24 @@ def test_killed_while_it_learns_from_a_data_set(lab: Lab, tmp_path: Path, algo: 
         kill_five_times(lab, tmp_path / name, algo, flags, before, moments)
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [pytest.param([], marks=pytest.mark.slow), ["--epochs", "2", "--beta", "0.1", "--decay"]],
+    ids=["one step", "several"],
+)
+def test_killed_while_a_language_model_learns(
+    language_lab: Lab, tmp_path: Path, tiny_model: Path, flags: list[str]
+) -> None:
+    """Samples, batches, moments, schedules, the evaluation before training and those on the way go on as they were."""
+    (tmp_path / "letters.py").write_text("def early(_, texts): return [sum(x < 'n' for x in text) for text in texts]")
+    (tmp_path / "prompts.jsonl").write_text("\n".join(f'{{"prompt": "{i} is"}}' for i in range(20)))
+    flags = ["--prompts", str(tmp_path / "prompts.jsonl"), "--reward", "letters:early", *flags]
+    flags = ["--model", str(tiny_model), "--holdout", "0.5", "1", "--eval-prompts", "2", "--eval-every", "7", *flags]
+    moments, here = random.Random(1), f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+    for name, before in (("calls", CALLS), ("writes", WRITES)):
+        kill_five_times(language_lab, tmp_path / name, "grpo", flags, here + before, moments)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("algo", "flags"),
@@ -180,7 +209,7 @@ def test_killed_while_compiled(lab: Lab, tmp_path: Path, flags: list[str]) -> No
 
 
 def kill_five_times(lab: Lab, runs_dir: Path, algo: str, flags: list[str], before: str, random_: random.Random) -> None:
-    whole = lab.train(runs_dir / "whole", *flags, before=before.format(algo=algo, moment=0), algo=algo)
+    whole = lab.train(runs_dir / "whole", *flags, before=inject(before, algo, 0), algo=algo)
     count = int(whole.out.rpartition("count: ")[2].split()[0])
     moments = [random_.randrange(1, count // 3) for _ in range(5)]
     folders = killed_and_resumed(lab, runs_dir, algo, flags, before, moments)
@@ -190,10 +219,10 @@ def kill_five_times(lab: Lab, runs_dir: Path, algo: str, flags: list[str], befor
 def test_a_replay_in_files_goes_on_from_its_checkpoint(lab: Lab, tmp_path: Path) -> None:
     """Killed between two checkpoints, with rows in the files that the last one does not know."""
     flags = [*REPLAY, "--prioritized", "--checkpoint-every", "96", "--replay-folder"]
-    before = CALLS.format(algo="dqn", moment=0)
+    before = inject(CALLS, "dqn", 0)
     ended = lab.train(tmp_path / "whole", *flags, tmp_path / "files", before=before, algo="dqn")
     count = int(ended.out.rpartition("count: ")[2].split()[0])
-    before = CALLS.format(algo="dqn", moment=count // 2)
+    before = inject(CALLS, "dqn", count // 2)
     ended = lab.train(tmp_path / "killed", *flags, tmp_path / "other files", before=before, algo="dqn")
     assert ended.status == -signal.SIGKILL
     folders = lab.folders(tmp_path / "killed")

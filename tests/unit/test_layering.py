@@ -86,7 +86,12 @@ def test_a_forbidden_import_is_found(area: str, source: str, expected: list[str]
     assert violations(area, source) == expected
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "algorithms").glob("[!_]*.py")), ids=lambda path: path.stem)
+METHODS = [path for path in (ROOT / "preference").glob("[!_]*.py") if path.stem in commands()]
+
+
+@pytest.mark.parametrize(
+    "path", sorted([*(ROOT / "algorithms").glob("[!_]*.py"), *METHODS]), ids=lambda path: path.stem
+)
 def test_an_algorithm_has_a_launcher_a_page_and_few_lines(path: Path) -> None:
     assert path.stem in commands()
     assert (ROOT / "docs" / f"{path.stem}.md").is_file()

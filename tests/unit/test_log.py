@@ -307,6 +307,27 @@ def test_progress_in_a_file_prints_plain_lines_ten_seconds_apart(
     ]
 
 
+@pytest.mark.parametrize(
+    ("sps", "logged", "shown"),
+    [
+        (12345.9, 12345.0, "12,346 SPS"),
+        (10.6, 10.0, "11 SPS"),
+        (9.96, 10.0, "10 SPS"),
+        (3.14159, 3.1, "3.1 SPS"),
+        (0.08765, 0.088, "0.088 SPS"),
+        (2.0, 2.0, "2 SPS"),
+        (0.0, 0.0, "0 SPS"),
+    ],
+)
+def test_slow_rates_keep_two_digits(sps: float, logged: float, shown: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A gradient step of a language model may take minutes; whole numbers would be 0."""
+    assert log_module.rate(sps) == logged
+    progress = Progress(total_steps=100, num_seeds=1)
+    progress.update(1, sps, [math.nan])
+    progress.close()
+    assert f", {shown}, " in capsys.readouterr().out
+
+
 def test_progress_on_a_terminal_is_live(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"TTY_COMPATIBLE": "1", "TTY_INTERACTIVE": "1", "COLUMNS": "100", "TERM": "xterm"}.items():
         monkeypatch.setenv(name, value)

@@ -18,8 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # It imports what takes seconds, computes nothing (a fork after that may hang), and forks a child for each request.
 SERVER = """
 import json, os, runpy, sys, traceback
-import rl_lab.algorithms.ppo, rl_lab.envs.mujoco, torch._dynamo
-{imports}
+import torch._dynamo, {modules}
 for request in sys.stdin:
     algo, flags, before, output = json.loads(request)
     if (pid := os.fork()) == 0:
@@ -68,9 +67,9 @@ class Ended:
 class Lab:
     """Runs `python -m rl_lab.ALGO`, one process at a time."""
 
-    def __init__(self, output: Path, imports: str = "") -> None:
+    def __init__(self, output: Path, modules: str) -> None:
         self._output = output
-        code = SERVER.replace("{imports}", imports)
+        code = SERVER.replace("{modules}", modules)
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.server = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment, **pipes)
@@ -109,16 +108,16 @@ class Lab:
 
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    yield from _open(Lab(tmp_path_factory.mktemp("output")))
+    yield from _open(Lab(tmp_path_factory.mktemp("output"), "rl_lab.algorithms.ppo, rl_lab.envs.mujoco"))
 
 
 @pytest.fixture(scope="module")
 def language_lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     """A lab that has transformers loaded."""
     pytest.importorskip("transformers")
-    methods = ", ".join(f"rl_lab.preference.{name}" for name in ("dpo", "kto", "grpo"))
-    imports = f"import transformers.models.llama.modeling_llama, {methods}"
-    yield from _open(Lab(tmp_path_factory.mktemp("output"), imports))
+    methods = [f"rl_lab.preference.{name}" for name in ("dpo", "kto", "grpo")]
+    modules = ", ".join([*methods, "transformers.models.llama.modeling_llama"])
+    yield from _open(Lab(tmp_path_factory.mktemp("output"), modules))
 
 
 def _open(lab: Lab) -> Iterator[Lab]:

@@ -97,7 +97,7 @@ class Judge(Protocol):
 class Rate(NamedTuple):
     """A share of `number` cases with its 95 % interval."""
 
-    estimate: float
+    mean: float
     low: float
     high: float
     number: int

@@ -41,7 +41,7 @@ from rl_lab.preference.judge import (
     rate,
     require_room,
 )
-from rl_lab.preference_data import Example, place, read, select
+from rl_lab.preference_data import Example, kind_of, place, read, select
 
 URL = ("http://", "https://")
 
@@ -165,7 +165,9 @@ def training_prompts(folder: Path, flags: dict[str, Any]) -> list[Prompt]:
     """The prompts that a run was trained on, by its flags: those in --train, or those not in --holdout."""
     if data := flags.get("data"):
         low, high = flags.get("train") or (0.0, 1.0)
-        return [x.prompt for x in select(read(data, "prompts", f"{folder}: --data")[0], (low, high))]
+        flag = f"{folder}: --data"
+        kind = "completions" if kind_of(data, flag) == "completions" else "prompts"  # plain texts have no prompt
+        return [x.prompt for x in select(read(data, kind, flag)[0], (low, high)) if x.prompt]
     if not flags.get("prompts") and not flags.get("task"):
         return []
     if data := flags.get("prompts"):
@@ -255,7 +257,7 @@ def _summary(name: str, texts: Sequence[str], cut: Sequence[bool]) -> dict[str, 
 
 def notes(report: dict[str, Any]) -> list[str]:
     """What a reader must know to believe the win rate, or not."""
-    judge, length = report["judge"], report["longer_wins"]["accuracy"].estimate
+    judge, length = report["judge"], report["longer_wins"]["accuracy"].mean
     found = ["intervals: Wilson's, 95 %, over prompts, ties as half; a rate is at most as good as its judge's accuracy"]
     if judge["accuracy"].low <= max(length, 1 - length):
         found.append("this judge is not shown to tell answers apart better than their lengths do")
@@ -301,7 +303,7 @@ def show(report: dict[str, Any], console: Console) -> None:
 
 
 def _interval(x: Rate) -> str:
-    return f"{x.estimate:.3f} ({x.low:.3f} to {x.high:.3f})"
+    return f"{x.mean:.3f} ({x.low:.3f} to {x.high:.3f})"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -58,7 +58,7 @@ def test_a_verifier_gives_the_planted_rate() -> None:
 def test_length_is_audited_by_hand() -> None:
     pairs = [Example("p", x, (), "") for x in (("aaa", "b"), ("aa", "bbb"), ("aa", "bb"), ("aaaa", "b"))]
     accuracy, verdicts = audit(longer(), pairs)
-    assert verdicts.wins == [1.0, 0.0, 0.5, 1.0] and accuracy.estimate == 0.625 and accuracy.number == 4
+    assert verdicts.wins == [1.0, 0.0, 0.5, 1.0] and accuracy.mean == 0.625 and accuracy.number == 4
 
 
 def test_a_conversation_is_one_text() -> None:

@@ -16,7 +16,7 @@ from rl_lab.language import load_model, load_tokenizer, save_model
 from rl_lab.preference.judge import Verdicts, Verifier
 from rl_lab.preference_data import place
 from rl_lab.preference_metrics import wilson
-from rl_lab.winrate import Args, compare, lineage, main, notes, require_valid
+from rl_lab.winrate import Args, compare, lineage, main, notes, require_valid, training_prompts
 
 KEY = "sk-secret-0123456789"
 
@@ -133,6 +133,15 @@ def test_training_prompts_are_those_outside_of_the_holdout_too(tmp_path: Path, t
         compare(arguments(asked, other, tiny_model, str(tiny_model), **flags | {"share": (0.5, 1.0)}))
 
 
+def test_what_a_run_learned_from_may_have_no_prompts(tmp_path: Path) -> None:
+    data = tmp_path / "sft.jsonl"
+    data.write_text('{"text": "Once."}\n{"prompt": "p", "completion": "x"}\n')
+    assert training_prompts(tmp_path, {"data": str(data)}) == ["p"]
+    assert training_prompts(tmp_path, {"model": "m"}) == []
+    data.write_text('{"prompt": "p", "completion": "x", "label": true}\n')
+    assert training_prompts(tmp_path, {"data": str(data), "train": [0.0, 1.0]}) == ["p"]
+
+
 def test_a_prompt_is_the_same_in_capitals_and_as_plain_text(tmp_path: Path, tiny_model: Path, pairs: Path) -> None:
     (tmp_path / "sft.jsonl").write_text('{"prompt": " question\\n3?", "completion": "x"}\n')
     policy = make_run(tmp_path / "policy", tiny_model, data=str(tmp_path / "sft.jsonl"))
@@ -176,7 +185,7 @@ def test_the_command_from_end_to_end(
     rows = [json.loads(line) for line in texts[0].splitlines()]
     report = json.loads((tmp_path / "one.json").read_text())
     assert report["prompts"] == len(rows) == report["judge"]["accuracy"]["number"] > 5
-    assert report["win_rate"]["estimate"] == pytest.approx(sum(row["policy_wins"] for row in rows) / len(rows))
+    assert report["win_rate"]["mean"] == pytest.approx(sum(row["policy_wins"] for row in rows) / len(rows))
     assert any(row["policy"] != row["baseline"] for row in rows)
     assert all((row["probability"] > 0.5) == (row["policy_wins"] == 1) for row in rows)
     assert report["args"]["share"] == [0.5, 1.0] and report["args"]["seed"] == 1 and "command" in report
@@ -188,8 +197,8 @@ def test_the_command_from_end_to_end(
 def test_a_model_against_itself_ties_by_a_local_judge(tiny_model: Path, pairs: Path) -> None:
     judge = f"llm:{tiny_model}"
     report, rows = compare(arguments(pairs, tiny_model, tiny_model, judge, temperature=0.0, max_new_tokens=4))
-    assert report["win_rate"].estimate == 0.5 and report["ties"] == 1.0 and report["judge"]["agreement"] == 0.0
-    assert report["longer_wins"]["win_rate"].estimate == 0.5
+    assert report["win_rate"].mean == 0.5 and report["ties"] == 1.0 and report["judge"]["agreement"] == 0.0
+    assert report["longer_wins"]["win_rate"].mean == 0.5
     assert all(row["policy"] == row["baseline"] and row["orders_agree"] is False for row in rows)
 
 

@@ -33,8 +33,8 @@ from rl_lab.language import (
     load_tokenizer,
     locate,
     logits,
-    micro_batches,
     pack,
+    score,
 )
 from rl_lab.preference_data import Example
 from rl_lab.preference_metrics import wilson
@@ -163,7 +163,6 @@ class RewardJudge:
         if not is_reward_model(name, self.model) or not hasattr(self.model, "score"):
             raise ValueError(f"{flag} {name}: no reward model; llm:{name} asks a language model which answer is better")
 
-    @torch.no_grad()
     def __call__(self, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]) -> Verdicts:
         encode = self.tokenizer
         trees = [
@@ -171,13 +170,7 @@ class RewardJudge:
             for prompt, a, b in zip(prompts, first, second, strict=True)
         ]
         require_room(self.model, trees, f"{self.flag} {self.name}")
-        scores = []
-        for group in micro_batches(trees, MICRO_TOKENS):
-            packed = pack([trees[i] for i in group], self.device)
-            inputs = {name: x for name, x in packed.inputs.items() if name != "logits_to_keep"}
-            hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state[0]  # (L, H)
-            scores.append(self.model.score(hidden[packed.ends]).float().view(-1, 2).cpu())
-        a, b = torch.cat(scores).unbind(1)  # (N,)
+        a, b = torch.tensor(score(self.model, trees, MICRO_TOKENS)).unbind(1)  # (N,)
         same = torch.tensor([x == y for x, y in zip(first, second, strict=True)])
         b = torch.where(same, a, b)  # equal answers tie, whatever was rounded
         return Verdicts(_higher(a.tolist(), b.tolist(), self.name), (a - b).sigmoid().tolist())

@@ -5,8 +5,8 @@
     python -m rl_lab.models smollm2-135m
     python -m benchmarks.preference --trl-python ../trl/bin/python --data harmless-base-test.jsonl.gz
 
-All weights of SmolLM2-135M are trained, one thread each, in turns of a gradient step (`race.py`), on the same examples
-in the same order: DPO on 4 pairs a step in float32; GRPO on larger-of-two, 6 prompts with 8 completions of up to 4
+All weights of SmolLM2-135M are trained, one thread each, one after the other to save memory, on the same examples in
+the same order: DPO on 4 pairs a step in float32; GRPO on larger-of-two, 6 prompts with 8 completions of up to 4
 tokens, in bfloat16 where the processor multiplies it. TRL computes the reference's log-probabilities in every step,
 rl_lab once at the start: their part of a step is told apart, as an example that comes again does not cost it again.
 """
@@ -53,6 +53,8 @@ class Flags:
     """which ones"""
     steps: int = 3
     """gradient steps that are measured, after one that is not"""
+    max_tokens: int = 256
+    """of a prompt with a completion; longer pairs are left out"""
     save: Path | None = None
     """JSON file for the result; what is printed goes beside it as .txt"""
 
@@ -68,10 +70,10 @@ def row_of(pair: Example) -> dict[str, Any]:
 
 
 def pairs(flags: Flags, count: int) -> tuple[list[Example], Example]:
-    """So many pairs to learn from, and one that is held out; all of at most 512 tokens."""
+    """So many pairs to learn from, and one that is held out; none longer than --max-tokens."""
     tokenizer, found = load_tokenizer(flags.model), read(str(flags.data), "pairs")[0]
     shares = [select(found, share)[: 2 * count] for share in ((0.0, 0.9), (0.9, 1.0))]
-    known, held_out = ([share[i] for i in tokenize(share, tokenizer, 512)[1]] for share in shares)
+    known, held_out = ([share[i] for i in tokenize(share, tokenizer, flags.max_tokens)[1]] for share in shares)
     return known[:count], held_out[0]
 
 
@@ -106,22 +108,14 @@ def raced(method: str, flags: Flags, folder: Path) -> dict[str, dict[str, Any]]:
     Of ours also `reference`: CPU-seconds for the reference's log-probabilities of a step's pairs.
     """
     environ = os.environ | {"RL_LAB_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    trainees, clocks = [], []
     found: dict[str, dict[str, Any]] = {}
     for contender in contenders(method, flags, folder):
-        trainees.append(race.Trainee(contender, environ))
-        found[contender.name] = {"seconds": []}
+        trainee, mine = race.Trainee(contender, environ), {}
         if contender.first < 0:
-            before, after = (trainees[-1].advance(mark) for mark in (-1, 0))
-            found[contender.name]["reference"] = (after - before) * PAIRS / (PAIRS * (flags.steps + 2) + 1)
-        clocks.append(trainees[-1].advance(1))  # warm-up; whoever is not at work is stopped
-    for step in range(2, flags.steps + 2):
-        for i, trainee in enumerate(trainees):
-            clock = trainee.advance(step)
-            found[trainee.contender.name]["seconds"].append(clock - clocks[i])
-            clocks[i] = clock
-    for trainee in trainees:
-        found[trainee.contender.name]["memory"] = trainee.memory
+            before, after = (trainee.advance(mark) for mark in (-1, 0))
+            mine["reference"] = (after - before) * PAIRS / (PAIRS * (flags.steps + 2) + 1)
+        clocks = [trainee.advance(step) for step in range(1, flags.steps + 2)]  # the first step is warm-up
+        found[contender.name] = mine | {"seconds": np.diff(clocks).tolist(), "memory": trainee.memory}
         trainee.process.kill()
         trainee.process.wait()
     return found
@@ -135,6 +129,7 @@ def measure(flags: Flags) -> dict[str, Any]:
             results[method] = raced(method, flags, Path(name))
     return {
         "model": flags.model,
+        "max_tokens": flags.max_tokens,
         "results": results,
         "bf16": {"dpo": False, "grpo": fast_bf16()},
         "versions": race.versions(sys.executable, race.ROOT),

@@ -293,7 +293,9 @@ def test_the_references_numbers_are_of_this_model_and_these_data(
     log = scalars(folder(trained(dpo, changed, data)))
     assert len(computed) == 4 and log["rewards/margin"] == pytest.approx([0.0], abs=1e-6)
 
-    trained(dpo, tiny_model, write(tmp_path / "more.jsonl", pairs(seed=5)))
+    rows = [row | {"chosen": row["chosen"] + "a"} for row in pairs()]  # as many, of the same prompts
+    log = scalars(folder(trained(dpo, tiny_model, write(tmp_path / "more.jsonl", rows))))
+    assert len(computed) == 5 and log["rewards/margin"] == pytest.approx([0.0], abs=1e-6)
     trained(dpo, tiny_model, data, micro_tokens=100)
     assert len(computed) == 6
     trained(dpo, tiny_model, data)

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # for subprocesses; this one has torch loaded already
+    os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs the network
     torch.set_num_threads(1)
     os.environ.setdefault("AOTI_RUNTIME_CHECK_INPUTS", "1")  # compiled graphs check shapes and strides, here only
     # What a test compiles, the later ones load, and so does the next session (`pytest --cache-clear` starts anew).

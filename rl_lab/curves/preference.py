@@ -11,6 +11,7 @@ README.md                            the table, between <!-- results:preference 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -46,7 +47,10 @@ def keep(name: str, runs: Sequence[Path], folder: Path) -> Path:
             raise ValueError(f"{run}: {error}; it must be a finished run folder") from None
         if "evaluation" not in found:
             raise ValueError(f"{run} has no evaluation.json: it is not finished; continue with --resume")
-        kept.append({key: config[key] for key in ABOUT} | found)
+        about = {key: config[key] for key in ABOUT}
+        about["command"] = re.sub(r" --runs-dir[= ]\S+", "", about["command"])  # where it lay says nothing
+        about["args"] = {flag: x for flag, x in about["args"].items() if flag != "runs_dir"}
+        kept.append(about | found)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     path.write_text(json.dumps(sorted(kept, key=lambda run: run["seed"]), indent=1) + "\n", encoding="utf-8")

@@ -17,8 +17,17 @@ def run_folder(folder: Path, seed: int, **files: Any) -> Path:
     """A finished run's JSON files."""
     folder = folder / f"m__x__{seed}__0"
     folder.mkdir(parents=True)
-    about = {"algo": "x", "seed": seed, "command": "python", "git_commit": None, "versions": {}, "hardware": {}}
-    (folder / "config.json").write_text(json.dumps(about | {"args": {}, "group": ["left out"]}))
+    about = {
+        "algo": "x",
+        "seed": seed,
+        "command": "python -m x --runs-dir /a/b --y",
+        "git_commit": None,
+        "versions": {},
+        "hardware": {},
+    }
+    (folder / "config.json").write_text(
+        json.dumps(about | {"args": {"runs_dir": "/a/b", "y": 1}, "group": ["left out"]})
+    )
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
     return folder
@@ -44,6 +53,7 @@ def test_rows_of_a_task_of_pairs_and_of_both(tmp_path: Path) -> None:
     assert rows[2][4].startswith("0.960 [0.9") and rows[2][5] == "10 |"
     notes = json.loads((kept / "grpo.json").read_text())
     assert [note["seed"] for note in notes] == [1, 2, 3, 4] and "group" not in notes[0]
+    assert (notes[0]["command"], notes[0]["args"]) == ("python -m x --y", {"y": 1})
 
 
 def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ KEPT = ("evaluation", "before", "after", "winrate")  # .json files of a run fold
 ABOUT = ("algo", "seed", "command", "git_commit", "versions", "hardware", "args")
 READING = """
 
-Seeds' IQM with its 95 % interval; where there is one seed, the interval is that of its held-out examples (Wilson).
+Seeds' IQM with its 95 % interval; where a single seed has one, it is that of its held-out examples (Wilson).
 Accuracy is of greedy answers to prompts of the task that were not trained on, or of the implicit reward on pairs whose
 prompts were not. `runs/preference.sh` makes the rows again; every seed is in
 [runs/results/preference](runs/results/preference), with command, commit, versions and hardware; what stands beside a

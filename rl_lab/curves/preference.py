@@ -43,6 +43,7 @@ def keep(name: str, runs: Sequence[Path], folder: Path) -> Path:
         try:
             config = json.loads((run / "config.json").read_text(encoding="utf-8"))
             found = {x: json.loads(path.read_text()) for x in KEPT if (path := run / f"{x}.json").is_file()}
+            found = {x: {key: y for key, y in report.items() if key != "model"} for x, report in found.items()}
         except (OSError, ValueError) as error:
             raise ValueError(f"{run}: {error}; it must be a finished run folder") from None
         if "evaluation" not in found:

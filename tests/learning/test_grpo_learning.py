@@ -31,7 +31,7 @@ def toys(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> d
     return {
         "model": str(tiny_model), "prompts": str(tmp_path / "prompts.jsonl"), "reward": ("toys:ascii",),
         "holdout": (0.5, 1.0), "steps": 30, "prompts_per_step": 4, "group_size": 8, "max_new_tokens": 8,
-        "learning_rate": 1e-2, "device": "cpu", "bf16": False, "runs_dir": tmp_path / "runs",
+        "learning_rate": 1e-2, "decay": False, "device": "cpu", "bf16": False, "runs_dir": tmp_path / "runs",
     }  # fmt: skip
 
 

@@ -333,6 +333,7 @@ CASES = [
     *({"loss": name, **FOUR} for name in WEIGHTS if name != "rloo"),
     {"temperature": 0.7, **FOUR, "beta": 0.1},
     {"loss": "dapo", "epochs": 3, "beta": 0.2, "kl": "k2"},
+    {"loss": "bnpo", "minibatches": 4},
     {"minibatches": 4, "beta": 0.2, "kl": "k1"},
     {"loss": "rloo", "beta": 0.2, "kl": "k1", "temperature": 1.5},
 ]
@@ -591,7 +592,7 @@ def test_a_reward_that_fails_loses_nothing(
         ({"group_size": 0}, "--group-size 0 must be at least 1"),
         ({"temperature": 0.0}, "--temperature 0.0 must be finite and above 0"),
         ({"temperature": math.inf}, "--temperature inf must be finite and above 0"),
-        ({"minibatches": 4}, "--minibatches 4 must be a divisor of --prompts-per-step"),
+        ({"minibatches": 3, "prompts_per_step": 4}, "--minibatches 3 must be a divisor of --prompts-per-step"),
         ({"reward_weights": (1.0,)}, "--reward-weights .* must be 0 finite numbers, one for each --reward"),
         ({"loss": "rloo", "epochs": 2}, "--loss rloo must be another to take several steps"),
         ({"loss": "rloo", "minibatches": 2}, "--loss rloo must be another to take several steps"),
@@ -609,7 +610,7 @@ def test_a_reward_that_fails_loses_nothing(
         ({"max_new_tokens": -1}, "--max-new-tokens -1 must be at least 0"),
         ({"eval_prompts": 0}, "--eval-prompts 0 must be at least 1"),
         ({"epochs": 0}, "--epochs 0 must be at least 1"),
-        ({"stop_at": 31}, "--stop-at 31 must be at most 30, the whole run"),
+        ({"stop_at": 31, "steps": 30}, "--stop-at 31 must be at most 30, the whole run"),
     ],
     ids=str,
 )
@@ -633,7 +634,7 @@ def test_reward_weights_are_one_for_each_reward() -> None:
         ({"reward": ("letters:none",)}, "--reward letters:none: .*'none'; it names a function as module:function"),
         ({"holdout": (0.0, 1.0)}, r"--holdout \(0.0, 1.0\) must be shares with prompts in and out, of 40"),
         ({"holdout": (0.9999, 1.0)}, r"--holdout \(0.9999, 1.0\) must be shares with prompts in and out"),
-        ({"prompts": "none.jsonl"}, "--prompts none.jsonl: .*; a .jsonl or .jsonl.gz file works"),
+        ({"prompts": "none.jsonl"}, "--prompts none.jsonl: No such file .*; a whole .jsonl"),
     ],
 )
 def test_what_a_run_cannot_begin_with(flags: Callable[..., Args], changes: dict[str, Any], message: str) -> None:

@@ -49,24 +49,15 @@ class Args(PreferenceArgs):
 
     loss: Literal[
         "sigmoid", "ipo", "hinge", "robust", "conservative", "apo_zero", "apo_down", "simpo", "orpo", "tdpo1", "tdpo2"
-    ] = "sigmoid"
-    """which of the family"""
-    beta: float = 0.1
-    """how much a log-ratio to the reference counts; simpo wants 2 and more"""
-    label_smoothing: float = 0.0
-    """share of wrong labels that robust and conservative reckon with"""
-    gamma: float = 0.5
-    """simpo's margin"""
-    alpha: float = 0.5
-    """weight of tdpo2's KLs"""
-    orpo_lambda: float = 0.1
-    """weight of orpo's odds"""
+    ] = "sigmoid"  # which of the family
+    beta: float = 0.1  # how much a log-ratio to the reference counts; simpo wants 2 and more
+    label_smoothing: float = 0.0  # share of wrong labels that robust and conservative reckon with
+    gamma: float = 0.5  # simpo's margin
+    alpha: float = 0.5  # weight of tdpo2's KLs
+    orpo_lambda: float = 0.1  # weight of orpo's odds
     steps: int = 250
-    """gradient steps"""
     learning_rate: float = 5e-6
-    """of AdamW"""
     warmup: int = 25
-    """gradient steps over which the learning rate rises from zero"""
     micro_tokens: int = 8192 if torch.cuda.is_available() else 1
     """tokens that are computed at once, in whole pairs and at least one; the gradient does not depend on it"""
 

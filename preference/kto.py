@@ -29,7 +29,7 @@ from torch import Tensor
 
 from rl_lab.cli import run
 from rl_lab.distributed import lasting, ranks, summed
-from rl_lab.language import Tree, autocast, micro_batches, pack, token_logprobs
+from rl_lab.language import Tree, micro_batches, pack, token_logprobs
 from rl_lab.language_training import Examples, LanguageRun, PreferenceArgs, drawn, open_data, open_model
 from rl_lab.preference_data import kind_of
 from rl_lab.preference_metrics import auc
@@ -195,8 +195,7 @@ def train(args: Args) -> LanguageRun:
         for group in micro_batches([trees[i] for i in indices], args.micro_tokens):
             mine = [indices[i] for i in group]
             packed = pack([trees[i] for i in mine], args.torch_device)
-            with autocast(args.torch_device, args.bf16):
-                logps = packed.sums(token_logprobs(model, packed))
+            logps = packed.sums(token_logprobs(model, packed, bf16=args.bf16))
             yield measures(logps, known[mine], desirable[mine], z_0, args)
 
     def evaluate() -> dict[str, Any]:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from rl_lab.cli import run
 from rl_lab.distributed import lasting, ranks
-from rl_lab.language import Tree, autocast, micro_batches, pack, token_logprobs
+from rl_lab.language import Tree, micro_batches, pack, token_logprobs
 from rl_lab.language_training import LanguageRun, PreferenceArgs, drawn, open_data, open_model
 from rl_lab.reference import branch_logprobs
 
@@ -50,8 +50,7 @@ def num_tokens(trees: Sequence[Tree]) -> int:
 def losses(model: torch.nn.Module, trees: Sequence[Tree], args: Args) -> Tensor:
     """(B,) -log policy(y | x), sums over the completions' tokens, in nats."""
     packed = pack(trees, args.torch_device)
-    with autocast(args.torch_device, args.bf16):
-        return -packed.sums(token_logprobs(model, packed))
+    return -packed.sums(token_logprobs(model, packed, bf16=args.bf16))
 
 
 def train(args: Args) -> LanguageRun:

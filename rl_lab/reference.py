@@ -15,7 +15,7 @@ from torch import Tensor
 from rl_lab import checkpoint, require
 from rl_lab.compiler import cache_folder
 from rl_lab.distributed import ranks, summed
-from rl_lab.language import Tree, autocast, micro_batches, pack, token_logprobs
+from rl_lab.language import Tree, micro_batches, pack, token_logprobs
 
 CHUNK = 64  # trees of a file: what an interruption can cost
 
@@ -35,10 +35,9 @@ def branch_logprobs(model: Any, trees: Sequence[Tree], micro_tokens: int, bf16: 
     """(branches,) float32 log-probabilities of all branches, sums over their tokens, in the order of the trees."""
     device = next(model.parameters()).device
     sums = [torch.zeros(0, device=device)]
-    with autocast(device, bf16):
-        for group in micro_batches(trees, micro_tokens):
-            packed = pack([trees[i] for i in group], device)
-            sums.append(packed.sums(token_logprobs(model, packed)))
+    for group in micro_batches(trees, micro_tokens):
+        packed = pack([trees[i] for i in group], device)
+        sums.append(packed.sums(token_logprobs(model, packed, bf16=bf16)))
     return torch.cat(sums)
 
 

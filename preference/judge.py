@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from rl_lab import require
 from rl_lab.endpoint import Endpoint
 from rl_lab.language import (
     Prompt,
@@ -156,12 +157,12 @@ class RewardJudge:
     def __init__(self, name: str, device: torch.device | str = "cpu", flag: str = "--judge") -> None:
         self.name, self.device, self.flag = f"{name} (reward model)", device, flag
         self.tokenizer = load_tokenizer(name, flag)
+        if not is_reward_model(name):
+            raise ValueError(f"{flag} {name}: no reward model; llm:{name} asks a language model which answer is better")
         try:
             self.model = load_model(name, flag, num_labels=1).to(device)
         except RuntimeError as error:  # sizes differ
             raise ValueError(f"{flag} {name}: its head does not give one score ({error})") from None
-        if not is_reward_model(name, self.model) or not hasattr(self.model, "score"):
-            raise ValueError(f"{flag} {name}: no reward model; llm:{name} asks a language model which answer is better")
 
     def __call__(self, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]) -> Verdicts:
         encode = self.tokenizer
@@ -176,12 +177,14 @@ class RewardJudge:
         return Verdicts(_higher(a.tolist(), b.tolist(), self.name), (a - b).sigmoid().tolist())
 
 
-def is_reward_model(name: str, model: Any) -> bool:
-    """Whether the head of a loaded model was trained to score, rather than made anew when it was loaded."""
-    adapter = Path(locate(name)) / "adapter_config.json"
+def is_reward_model(name: str) -> bool:
+    """Whether the head that was saved with a model, which must be there, gives scores; `load_model` loads either."""
+    path = locate(name)
+    adapter = Path(path) / "adapter_config.json"
     if adapter.is_file():
         return bool(json.loads(adapter.read_text())["task_type"] == "SEQ_CLS")
-    return any(x.endswith("ForSequenceClassification") for x in model.config.architectures or [])
+    kinds = require("transformers", "preference").AutoConfig.from_pretrained(path).architectures or []
+    return any(kind.endswith("ForSequenceClassification") for kind in kinds)
 
 
 def require_room(model: Any, trees: Sequence[Tree], name: str, more: int = 0) -> None:
@@ -207,9 +210,9 @@ class LocalJudge:
             need = "its tokenizer needs a chat template, and A and B as tokens; an instruction-tuned model has them"
             raise ValueError(f"{flag} {self.name}: {need}")
         self.a, self.b = letters[0][0], letters[1][0]
-        self.model = load_model(name, flag).to(device)
-        if is_reward_model(name, self.model):
+        if is_reward_model(name):
             raise ValueError(f"{flag} {self.name}: a reward model; without llm: it judges by its scores")
+        self.model = load_model(name, flag).to(device)
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]) -> Verdicts:

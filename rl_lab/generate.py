@@ -50,10 +50,10 @@ def require_sampling(temperature: float, max_new_tokens: int) -> None:
 
 def open_language_model(name: str, flag: str) -> tuple[Any, Any]:
     """A model that answers, on the GPU if there is one, and its tokenizer. ValueError if there is none of that name."""
-    tokenizer, model = load_tokenizer(name, flag), load_model(name, flag)
-    if is_reward_model(name, model):
+    tokenizer = load_tokenizer(name, flag)
+    if is_reward_model(name):
         raise ValueError(f"{flag} {name}: a reward model, which scores answers and gives none")
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+    return load_model(name, flag).to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
 def complete(
@@ -127,9 +127,7 @@ def merge(run: str, folder: Path) -> None:
     if folder.exists():
         raise ValueError(f"--merge {folder} exists; name a new folder")
     tokenizer = load_tokenizer(run, "RUN")
-    model = load_model(run, "RUN")
-    if is_reward_model(run, model):
-        model = load_model(run, "RUN", num_labels=1)
+    model = load_model(run, "RUN", num_labels=int(is_reward_model(run)))
     folder.parent.mkdir(parents=True, exist_ok=True)
     save_model(folder, model, tokenizer)
     print(f"{folder}: {sum(p.numel() for p in model.parameters()):,} parameters of {locate(run)}")

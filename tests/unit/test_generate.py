@@ -103,6 +103,17 @@ def test_merged_weights_are_those_of_the_adapter(tiny_model: Path, tmp_path: Pat
         torch.testing.assert_close(token_logprobs(merged, packed), token_logprobs(adapted, packed))
 
 
+def test_a_reward_model_without_a_language_models_head_is_one_still(tiny_model: Path, tmp_path: Path) -> None:
+    """Where the head is not tied to the embeddings a reward model's files have none to talk with."""
+    model, tokenizer = load_model(str(tiny_model), num_labels=1), load_tokenizer(str(tiny_model))
+    model.config.tie_word_embeddings = False
+    save_model(tmp_path / "scores", model, tokenizer)
+    with pytest.raises(SystemExit, match="a reward model, which scores"):
+        main([str(tmp_path / "scores"), "--prompt", "hi"])
+    main([str(tmp_path / "scores"), "--merge", str(tmp_path / "merged")])
+    assert torch.equal(load_model(str(tmp_path / "merged"), num_labels=1).score.weight, model.score.weight)
+
+
 def test_what_cannot_be_done_is_said(tiny_model: Path, tmp_path: Path) -> None:
     tokenizer, model = load_tokenizer(str(tiny_model)), load_model(str(tiny_model), num_labels=1)
     save_model(tmp_path / "scores", model, tokenizer)

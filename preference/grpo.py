@@ -56,7 +56,7 @@ class Args(LanguageArgs):
     prompts: str = ""
     """file or hub data set to take prompts from"""
     reward: tuple[str, ...] = ()
-    """functions "module:function" of prompts and completions, lists both, that return a number for each"""
+    """run folders of reward models, or functions "module:function" of lists of prompts and of completions to numbers"""
     reward_weights: tuple[float, ...] = ()
     """of the rewards in their sum; 1 each by default"""
     holdout: tuple[float, float] = (0.9, 1.0)
@@ -249,7 +249,7 @@ def train(args: Args) -> LanguageRun:
     rank, size = ranks()
     shares = f"a multiple of --minibatches times torchrun's {size} ranks"
     args.require("prompts_per_step", args.prompts_per_step % (args.minibatches * size) == 0, shares)
-    task, rewards = rewarded(args.task, args.prompts, args.reward, args.reward_weights)
+    task, rewards = rewarded(args.task, args.prompts, args.reward, args.reward_weights, args.torch_device)
     held_out, known = split(task.prompts, args.holdout)
     args.require("holdout", bool(held_out and known), f"shares with prompts in and out, of {len(task.prompts)}")
     held_out, longest = held_out[: args.eval_prompts], args.max_new_tokens or task.max_new_tokens
@@ -266,7 +266,7 @@ def train(args: Args) -> LanguageRun:
         """Mean reward of greedy answers to the held-out prompts."""
         texts = sample.greedy(mine := held_out[rank::size])
         with run.resumable():
-            total = float(score(rewards, mine, texts).sum())
+            total = float(score(rewards, mine, texts)[0].sum())
         return summed_table({"reward": total})["reward"] / len(held_out)
 
     if before is None and run.iteration == 0:
@@ -276,11 +276,12 @@ def train(args: Args) -> LanguageRun:
         prompts = [known[i] for i in drawn(len(known), args.prompts_per_step, args.seed, step)][rank::size]
         with run.resumable(unchanged=True):
             trees, texts, cut = sample(prompts, args.group_size, args.temperature)
-            values = score(rewards, [x for x in prompts for _ in range(args.group_size)], texts).view(len(trees), -1)
-        metrics = learn(run, reference, trees, values, longest, args)
+            values, each = score(rewards, [x for x in prompts for _ in range(args.group_size)], texts)
+        metrics = learn(run, reference, trees, values := values.view(len(trees), -1), longest, args)
 
         lengths = torch.tensor([len(x) for tree in trees for x in tree.branches])
         charts = {"reward": values, "equal_groups": all_equal(values), "cut": cut, "length": lengths}
+        charts |= {f"reward/{name}": x for name, x in each.items() if len(each) > 1}
         means = summed_table({f"charts/{name}": float(x.float().mean()) / size for name, x in charts.items()})
         table = means | {f"losses/{name}": x for name, x in metrics.items()}
         if means["charts/cut"] > 0.5:

@@ -12,33 +12,20 @@ order. `audit` says how often a judge agrees with people; a win rate is worth no
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
-from rl_lab import require
 from rl_lab.endpoint import Endpoint
-from rl_lab.language import (
-    Prompt,
-    Tree,
-    encode_completion,
-    encode_prompt,
-    load_model,
-    load_tokenizer,
-    locate,
-    logits,
-    pack,
-    score,
-)
+from rl_lab.language import Prompt, Tree, encode_prompt, load_model, load_tokenizer, logits, pack
 from rl_lab.preference_data import Example
 from rl_lab.preference_metrics import wilson
+from rl_lab.reward_models import RewardModel, is_reward_model, require_room
 from rl_lab.tasks import Reward
 
 QUESTION = """\
@@ -57,7 +44,6 @@ less harmful. Neither the order of the answers nor their length matters.
 [End]
 Which answer is better? Reply with {choices} and nothing else."""
 
-MICRO_TOKENS = 2048  # computed at once
 WORKERS = 8  # requests at a time
 UNPARSABLE = 0.1  # the largest share of replies
 
@@ -148,51 +134,23 @@ def _higher(first: Sequence[float], second: Sequence[float], name: str) -> list[
 
 
 class RewardJudge:
-    """Judges by the scores of a reward model, a sequence classifier with one output read at the answer's end.
+    """Judges by the scores of a reward model; the higher one wins, P = sigmoid(difference).
 
     Raises:
         ValueError: if there is none of that name, or it is a language model.
     """
 
     def __init__(self, name: str, device: torch.device | str = "cpu", flag: str = "--judge") -> None:
-        self.name, self.device, self.flag = f"{name} (reward model)", device, flag
-        self.tokenizer = load_tokenizer(name, flag)
-        if not is_reward_model(name):
-            raise ValueError(f"{flag} {name}: no reward model; llm:{name} asks a language model which answer is better")
-        try:
-            self.model = load_model(name, flag, num_labels=1).to(device)
-        except RuntimeError as error:  # sizes differ
-            raise ValueError(f"{flag} {name}: its head does not give one score ({error})") from None
+        self.name = f"{name} (reward model)"
+        self.reward = RewardModel(name, flag, device, f"; llm:{name} asks a language model which answer is better")
 
     def __call__(self, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]) -> Verdicts:
-        encode = self.tokenizer
-        trees = [
-            Tree(encode_prompt(encode, prompt), (encode_completion(encode, a), encode_completion(encode, b)))
-            for prompt, a, b in zip(prompts, first, second, strict=True)
-        ]
-        require_room(self.model, trees, f"{self.flag} {self.name}")
-        a, b = torch.tensor(score(self.model, trees, MICRO_TOKENS)).unbind(1)  # (N,)
+        twice = [prompt for prompt in prompts for _ in range(2)]
+        texts = [text for pair in zip(first, second, strict=True) for text in pair]
+        a, b = torch.tensor(self.reward(twice, texts)).view(-1, 2).unbind(1)  # (N,)
         same = torch.tensor([x == y for x, y in zip(first, second, strict=True)])
         b = torch.where(same, a, b)  # equal answers tie, whatever was rounded
         return Verdicts(_higher(a.tolist(), b.tolist(), self.name), (a - b).sigmoid().tolist())
-
-
-def is_reward_model(name: str) -> bool:
-    """Whether the head that was saved with a model, which must be there, gives scores; `load_model` loads either."""
-    path = locate(name)
-    adapter = Path(path) / "adapter_config.json"
-    if adapter.is_file():
-        return bool(json.loads(adapter.read_text())["task_type"] == "SEQ_CLS")
-    kinds = require("transformers", "preference").AutoConfig.from_pretrained(path).architectures or []
-    return any(kind.endswith("ForSequenceClassification") for kind in kinds)
-
-
-def require_room(model: Any, trees: Sequence[Tree], name: str, more: int = 0) -> None:
-    """Raise a ValueError if texts, with `more` tokens to come, are longer than what the model was made for."""
-    most = getattr(model.config, "max_position_embeddings", None) or math.inf
-    long = sum(len(tree.prompt) + max(map(len, tree.branches), default=0) + more > most for tree in trees)
-    if long:
-        raise ValueError(f"{name}: {long} of {len(trees)} texts are longer than its {most} tokens; take them out")
 
 
 class LocalJudge:

@@ -15,7 +15,7 @@ from rich.progress import track
 
 from rl_lab.generation import Sampler, choose
 from rl_lab.language import Message, Prompt, encode_prompt, load_model, load_tokenizer, locate, save_model
-from rl_lab.preference.judge import is_reward_model
+from rl_lab.reward_models import is_reward_model
 
 BATCH = 16  # prompts completed side by side
 

@@ -22,6 +22,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from rl_lab.language import Prompt
 from rl_lab.preference_data import place, read, read_lines
+from rl_lab.reward_models import RewardModel
 
 Reward = Callable[[list[Prompt], list[str]], list[float]]  # of completions, one number each
 
@@ -51,13 +53,13 @@ class Task(NamedTuple):
     max_new_tokens: int
 
 
-def make(name: str) -> Task:
+def make(name: str, flag: str = "--task") -> Task:
     """The task of a name. ValueError if there is none."""
     kind, _, path = name.partition(":")
     if kind == "gsm8k" and path:
-        return _gsm8k(path)
+        return _gsm8k(path, flag)
     if name not in _LINES:
-        raise ValueError(f"--task {name}: there are {NAMES}")
+        raise ValueError(f"{flag} {name}: there are {NAMES}")
     problems, tokens = _LINES[name]
     answers = problems()
     worked, rest = list(answers)[:4], list(answers)[4:]
@@ -71,15 +73,18 @@ def make(name: str) -> Task:
 
 
 def rewarded(
-    task: str, prompts: str, names: Sequence[str], weights: Sequence[float]
+    task: str, prompts: str, names: Sequence[str], weights: Sequence[float], device: torch.device | str = "cpu"
 ) -> tuple[Task, list[tuple[str, Reward, float]]]:
     """A task by its name, or else of prompts to be read; and its rewards: names, functions and weights."""
     if task:
         made = make(task)
         return made, [(task, made.reward, 1.0)]
-    functions = [reward_function(name) for name in names]
+    short = [Path(name).name for name in names]
+    if len(set(short)) < len(short):
+        raise ValueError(f"--reward {' '.join(names)}: two have the same name; each is logged by its own")
     found = [x.prompt for x in read(prompts, "prompts", "--prompts")[0]]
-    return Task(found, functions[0], "", 128), list(zip(names, functions, weights or (1.0,) * len(names), strict=True))
+    functions = [reward_function(name, device) for name in names]
+    return Task(found, functions[0], "", 128), list(zip(short, functions, weights or (1.0,) * len(names), strict=True))
 
 
 def split(prompts: Sequence[Prompt], share: tuple[float, float]) -> tuple[list[Prompt], list[Prompt]]:
@@ -88,9 +93,11 @@ def split(prompts: Sequence[Prompt], share: tuple[float, float]) -> tuple[list[P
     return list(itertools.compress(prompts, held)), [x for x, out in zip(prompts, held, strict=True) if not out]
 
 
-def reward_function(name: str) -> Reward:
-    """The function that --reward names. ValueError if there is none."""
+def reward_function(name: str, device: torch.device | str = "cpu") -> Reward:
+    """The function, or the reward model as one, that --reward names. ValueError if there is none."""
     module, _, function = name.partition(":")
+    if not function:
+        return RewardModel(name, "--reward", device, "; a trained one works, or a function as module:function")
     try:
         found: Reward = getattr(importlib.import_module(module), function)
     except Exception as error:  # importing runs the user's code
@@ -100,10 +107,16 @@ def reward_function(name: str) -> Reward:
     return found
 
 
-def score(rewards: Sequence[tuple[str, Reward, float]], prompts: list[Prompt], texts: list[str]) -> Tensor:
-    """(B,) weighted sums of named functions; a ValueError with the name if one fails or does not give B numbers."""
-    total = torch.zeros(len(texts))
-    for name, function, weight in rewards:
+def score(
+    rewards: Sequence[tuple[str, Reward, float]], prompts: list[Prompt], texts: list[str]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(B,) weighted sums of named rewards, and each by its name.
+
+    Raises:
+        ValueError: with the name if one fails or does not give B numbers.
+    """
+    each: dict[str, Tensor] = {}
+    for name, function, _ in rewards:
         try:
             found = function(prompts, texts)
         except Exception as error:  # it is the user's code
@@ -113,13 +126,13 @@ def score(rewards: Sequence[tuple[str, Reward, float]], prompts: list[Prompt], t
             numbers = torch.as_tensor(found, dtype=torch.float32, device="cpu").detach()
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"reward {name} gave no list of numbers: {first_line(error)}") from None
-        if numbers.shape != total.shape:
+        if numbers.shape != (len(texts),):
             raise ValueError(f"reward {name} gave {tuple(numbers.shape)} numbers for {len(texts)} completions")
         if not numbers.isfinite().all():
             index = int((~numbers.isfinite()).nonzero()[0])
             raise ValueError(f"reward {name} gave {float(numbers[index])} for the completion {texts[index]!r:.200}")
-        total += weight * numbers
-    return total
+        each[name] = numbers
+    return torch.stack([weight * each[name] for name, _, weight in rewards]).sum(0), each
 
 
 def first_line(error: Exception) -> str:
@@ -199,9 +212,9 @@ _LINES: dict[str, tuple[Callable[[], dict[str, Answer]], int]] = {
 }
 
 
-def _gsm8k(path: str) -> Task:
+def _gsm8k(path: str, flag: str) -> Task:
     answers: dict[str, str] = {}
-    for where, row in read_lines(path, "--task gsm8k:"):
+    for where, row in read_lines(path, f"{flag} gsm8k:"):
         question, answer = (row.get(key) if isinstance(row, dict) else None for key in ("question", "answer"))
         if not isinstance(question, str) or not isinstance(answer, str) or "####" not in answer:
             raise ValueError(f"{where}: a line of GSM8K has a question and an answer with ####")
@@ -209,7 +222,7 @@ def _gsm8k(path: str) -> Task:
         if not answers[question]:
             raise ValueError(f"{where}: no number after ####")
     if not answers:
-        raise ValueError(f"--task gsm8k:{path}: it holds no problems")
+        raise ValueError(f"{flag} gsm8k:{path}: it holds no problems")
 
     def reward(prompts: list[Prompt], completions: list[str]) -> list[float]:
         questions = [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in prompts]

@@ -35,13 +35,14 @@ from rl_lab.preference.judge import (
     LocalJudge,
     Rate,
     RewardJudge,
+    Verifier,
     audit,
     longer,
     plain,
     rate,
-    require_room,
 )
 from rl_lab.preference_data import Example, kind_of, place, read, select
+from rl_lab.reward_models import require_room
 
 URL = ("http://", "https://")
 
@@ -55,8 +56,9 @@ class Args:
     baseline: str
     """the same"""
     judge: str
-    """run folder of a reward model; llm:MODEL for a local language model; or the base address of an OpenAI-compatible
-    endpoint, such as https://host/v1, whose key is in the environment as RL_LAB_JUDGE_KEY or OPENAI_API_KEY"""
+    """run folder of a reward model; llm:MODEL for a local language model; task:TASK for a task's verifier; or the base
+    address of an OpenAI-compatible endpoint, such as https://host/v1, whose key is in the environment as
+    RL_LAB_JUDGE_KEY or OPENAI_API_KEY"""
     prompts: str
     """.jsonl file, or data set of the Hugging Face hub"""
     labels: str | None = None
@@ -95,10 +97,12 @@ def require_valid(args: Args) -> None:
         raise ValueError(f"--json {args.json} must be a .json file in a folder that exists")
 
 
-def open_judge(args: Args) -> Judge:
-    """The judge that --judge names."""
+def open_judge(args: Args, task: tasks.Task | None) -> Judge:
+    """The judge that --judge names, of the task if it names one."""
     if args.judge.startswith(URL):
         return EndpointJudge(Endpoint(args.judge, args.judge_model or "", "--judge"))
+    if task:
+        return Verifier(task.reward, args.judge)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.judge.startswith("llm:"):
         return LocalJudge(args.judge.removeprefix("llm:"), device)
@@ -124,8 +128,9 @@ def lineage(name: str) -> tuple[dict[Path, dict[str, Any]], set[str]]:
             unknown.add(name)
         if flags is not None:
             runs[folder] = flags
-            names = {key: x for key, x in flags.items() if isinstance(x, str) and x}
-            todo += [x for key, x in names.items() if key == "model" or _flags(run_folder(x)) is not None]
+            named = [(key, x) for key, value in flags.items() for x in (value if isinstance(value, list) else [value])]
+            names = [(key, x) for key, x in named if isinstance(x, str) and x]
+            todo += [x for key, x in names if key == "model" or _flags(run_folder(x)) is not None]
     return runs, unknown
 
 
@@ -184,8 +189,10 @@ def sample(examples: Iterable[Example], number: int, seed: int) -> list[Example]
     return random.Random(seed).sample(distinct, min(number, len(distinct)))
 
 
-def answers(name: str, flag: str, prompts: Sequence[Prompt], args: Args, stream: int) -> tuple[list[str], list[bool]]:
-    """A model's answers, and which were cut; `stream` makes the two models' samples independent."""
+def answers(
+    name: str, flag: str, prompts: Sequence[Prompt], args: Args, stream: int, stop: str
+) -> tuple[list[str], list[bool]]:
+    """A model's answers, which `stop` ends too, and which were cut; by `stream` two models' samples are independent."""
     model, tokenizer = open_language_model(name, flag)
     if not tokenizer.chat_template and not all(isinstance(x, str) for x in prompts):
         raise ValueError(f"{flag} {name}: its tokenizer has no chat template, which messages need; plain prompts work")
@@ -193,7 +200,7 @@ def answers(name: str, flag: str, prompts: Sequence[Prompt], args: Args, stream:
     require_room(model, trees, f"{flag} {name}", args.max_new_tokens)
     seed = int(np.random.SeedSequence((args.seed, stream)).generate_state(1, np.uint64)[0])
     generator = torch.Generator(model.device).manual_seed(seed)
-    sampler = Sampler(model, tokenizer, "", args.max_new_tokens, generator, fast_bf16())
+    sampler = Sampler(model, tokenizer, stop, args.max_new_tokens, generator, fast_bf16())
     return complete(sampler, prompts, args.temperature, f"answers of {name}")
 
 
@@ -214,16 +221,23 @@ def compare(args: Args) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         need = "" if args.labels else "; a win rate comes with its judge's accuracy on human labels: --labels PAIRS"
         raise ValueError(f"{error}{need}") from None
     judging = args.judge_model or args.judge.removeprefix("llm:")
-    models = {name: lineage(name) for name in (args.policy, args.baseline, judging)}
+    task = tasks.make(args.judge.removeprefix("task:"), "--judge task:") if args.judge.startswith("task:") else None
+    if task:
+        known = {normalised(prompt) for prompt in task.prompts}
+        if foreign := sum(normalised(x.prompt) not in known for x in [*asked, *pairs]):
+            raise ValueError(
+                f"--judge {args.judge}: {foreign} of {len(asked) + len(pairs)} prompts are not of that task"
+            )
+    models = {name: lineage(name) for name in (args.policy, args.baseline, *([] if task else [judging]))}
     for runs, _ in models.values():
         require_unseen(asked, runs, f"--prompts {args.prompts}")
-    require_unseen(pairs, models[judging][0], f"--labels {args.labels or args.prompts}")
+    require_unseen(pairs, {} if task else models[judging][0], f"--labels {args.labels or args.prompts}")
 
-    judge, length = open_judge(args), longer()
+    judge, length = open_judge(args, task), longer()
     accuracy, of_labels = audit(judge, pairs)  # first, as it tells whether the judge works at all
-    prompts = [x.prompt for x in asked]
-    ours, ours_cut = answers(args.policy, "--policy", prompts, args, 0)
-    theirs, theirs_cut = answers(args.baseline, "--baseline", prompts, args, 1)
+    prompts, stop = [x.prompt for x in asked], task.stop if task else ""
+    ours, ours_cut = answers(args.policy, "--policy", prompts, args, 0, stop)
+    theirs, theirs_cut = answers(args.baseline, "--baseline", prompts, args, 1, stop)
     verdicts = judge(prompts, ours, theirs)
     by_length, of_length = length(prompts, ours, theirs), audit(length, pairs)[0]
     report: dict[str, Any] = {

@@ -20,7 +20,16 @@ from torch import Tensor
 from rl_lab import checkpoint
 from rl_lab.cli import Stopped, parse
 from rl_lab.generation import Sampler
-from rl_lab.language import Packed, Tree, load_model, load_tokenizer, pack
+from rl_lab.language import (
+    Packed,
+    Tree,
+    encode_completion,
+    encode_prompt,
+    load_model,
+    load_tokenizer,
+    pack,
+    save_model,
+)
 from rl_lab.language_training import LanguageRun
 from rl_lab.preference import grpo
 from rl_lab.preference.grpo import WEIGHTS, Args, Totals, group_advantages, kl_estimate, learn, loss
@@ -240,9 +249,9 @@ RATE = 0.3  # large enough for ratios that are clipped
 class Round:
     """A run whose optimizer is plain gradient descent and keeps the gradients of every step."""
 
-    def __init__(self, model: Path, runs_dir: Path, **flags: Any) -> None:
+    def __init__(self, model: Path, runs_dir: Path, rate: float = RATE, **flags: Any) -> None:
         self.args = settings(
-            model=str(model), task="addition", prompts_per_step=4, group_size=3, max_grad_norm=1e9, learning_rate=RATE,
+            model=str(model), task="addition", prompts_per_step=4, group_size=3, max_grad_norm=1e9, learning_rate=rate,
             runs_dir=runs_dir, **flags,
         )  # fmt: skip
         network, tokenizer = load_model(str(model)), load_tokenizer(str(model))
@@ -366,6 +375,8 @@ def test_metrics_are_means_over_the_tokens_of_all_steps(tiny_model: Path, tmp_pa
         packed = pack(TREES)
         new, fixed = (grpo.token_logprobs(x, packed) for x in (load_model(str(tiny_model)), found[0].reference))
     assert ours == pytest.approx([kl_estimate(new, fixed, "k3").mean().item()] * 2, rel=1e-4)
+    once, twice = (Round(tiny_model, tmp_path / f"epochs {n}", 1e-9, loss="bnpo", epochs=n).learn() for n in (1, 2))
+    assert twice["policy_loss"] == pytest.approx(once["policy_loss"], rel=1e-4) and abs(once["policy_loss"]) > 1e-3
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
@@ -498,7 +509,35 @@ def test_several_rewards_are_summed_by_their_weights(flags: Callable[..., Args],
     run = grpo.train(args).logs.folders[0]
     prompts, texts = letters.calls[1]
     wanted = [2 * a - 0.5 * b for a, b in zip(letters.share(prompts, texts), map(len, texts), strict=True)]
-    assert scalars(run)["charts/reward"][0][1] == pytest.approx(sum(wanted) / 16, rel=1e-5)
+    tables = {tag: x[0][1] for tag, x in scalars(run).items()}
+    assert tables["charts/reward"] == pytest.approx(sum(wanted) / 16, rel=1e-5)
+    assert tables["charts/reward/letters:length"] == pytest.approx(sum(map(len, texts)) / 16, rel=1e-5)
+    assert tables["charts/reward/letters:share"] == pytest.approx(sum(letters.share(prompts, texts)) / 16, rel=1e-5)
+
+
+def test_a_reward_model_rewards(flags: Callable[..., Args], letters: Any, tiny_model: Path, tmp_path: Path) -> None:
+    """Its score of each completion, beside a function's that counts for nothing; a language model is none."""
+    model, tokenizer = load_model(str(tiny_model), num_labels=1), load_tokenizer(str(tiny_model))
+    torch.nn.init.normal_(model.score.weight)
+    save_model(tmp_path / "judge" / "model", model, tokenizer)
+    args = flags(reward=(str(tmp_path / "judge"), "letters:share"), reward_weights=(1.0, 0.0), steps=1)
+    run = grpo.train(args).logs.folders[0]
+    wanted = []
+    for prompt, text in zip(*letters.calls[1], strict=True):
+        ids = torch.tensor([encode_prompt(tokenizer, prompt) + encode_completion(tokenizer, text)])
+        wanted.append(float((model.base_model(ids).last_hidden_state[0, -1] @ model.score.weight[0]).detach()))
+    tables = {tag: x[0][1] for tag, x in scalars(run).items()}
+    assert tables["charts/reward"] == tables["charts/reward/judge"] == pytest.approx(sum(wanted) / 16, rel=1e-4)
+    with pytest.raises(ValueError, match=r"--reward .*tiny: no reward model; a trained one works, or a function"):
+        grpo.train(flags(reward=(str(tiny_model),)))
+    with pytest.raises(ValueError, match="--reward a/judge b/judge: two have the same name"):
+        grpo.train(flags(reward=("a/judge", "b/judge")))
+
+
+def test_the_reference_stays_at_the_start(flags: Callable[..., Args]) -> None:
+    """A reference that were the model itself would have no KL from it, ever."""
+    found = [x for _, x in scalars(grpo.train(flags(beta=1e-9)).logs.folders[0])["losses/kl"]]
+    assert abs(found[0]) < 1e-6 and min(found[1:]) > 1e-4
 
 
 def test_sampling_has_the_temperature(flags: Callable[..., Args], letters: Any) -> None:
@@ -759,5 +798,9 @@ def test_torchrun_trains(tiny_model: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     run = only(tmp_path)  # rank 0's alone
     assert json.loads((run / "evaluation.json").read_text())["held_out"] == 5
-    assert [step for step, _ in scalars(run)["losses/policy_loss"]] == [1, 2]
+    tables = scalars(run)
+    assert [step for step, _ in tables["losses/policy_loss"]] == [1, 2]
+    for name, most in (("length", 4), ("cut", 1), ("reward", 1)):  # means over both processes, not sums
+        assert all(0 <= x <= most for _, x in tables[f"charts/{name}"])
+    assert tables["charts/length"][0][1] > 3
     assert load_model(str(run)) and done.stdout.count("held-out prompts, greedy") == 1

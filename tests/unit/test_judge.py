@@ -78,11 +78,11 @@ def test_a_reward_model_scores_the_end_of_each_answer(tiny_model: Path, tmp_path
     save_model(tmp_path / "model", model, tokenizer)
     first, second = ["yes", "", "longer answer", "x"], ["no", "maybe", "short", "x"]
     judge = RewardJudge(str(tmp_path))
-    torch.testing.assert_close(judge.model.score.weight, head[0])
+    torch.testing.assert_close(judge.reward.model.score.weight, head[0])
     verdicts = judge(PROMPTS, first, second)
     for i, prompt in enumerate(PROMPTS):
         rows = [encode_prompt(tokenizer, prompt) + encode_completion(tokenizer, x[i]) for x in (first, second)]
-        ends = [judge.model.base_model(torch.tensor([row])).last_hidden_state[0, -1] for row in rows]
+        ends = [judge.reward.model.base_model(torch.tensor([row])).last_hidden_state[0, -1] for row in rows]
         a, b = (float((x @ head[0].T).detach()) for x in ends)
         assert verdicts.probabilities[i] == pytest.approx(1 / (1 + math.exp(b - a)), abs=1e-5)
         assert verdicts.wins[i] == (0.5 if i == 3 else float(a > b))

@@ -244,10 +244,11 @@ def test_a_missing_file_is_named() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("", "--reward : ValueError: Empty module name; it names a function as module:function"),
+        (":f", "--reward :f: ValueError: Empty module name; it names a function as module:function"),
         ("no_such_module:f", "--reward no_such_module:f: ModuleNotFoundError: No module named 'no_such_module'; it"),
         ("json:no_such", "--reward json:no_such: AttributeError: .*'no_such'; it names a function as module:function"),
-        ("json", "--reward json: AttributeError"),
+        ("json:", "--reward json:: neither a folder with a model nor"),
+        ("", "--reward : "),
         ("math:pi", "--reward math:pi: a float; it names a function as module:function"),
         ("broken:f", "--reward broken:f: ZeroDivisionError: division by zero; it names"),
         ("torn:f", "--reward torn:f: SyntaxError"),
@@ -264,7 +265,9 @@ def test_a_reward_that_is_none(name: str, message: str, tmp_path: Path, monkeypa
 
 def test_rewards_are_summed_by_weight() -> None:
     rewards: Any = [("a", lambda p, x: [1, 2, 3], 2.0), ("b", lambda p, x: torch.tensor([0.5, 0.0, -1.0]), -1.0)]
-    assert score(rewards, ["p"] * 3, ["x"] * 3).tolist() == [1.5, 4.0, 7.0]
+    total, each = score(rewards, ["p"] * 3, ["x"] * 3)
+    assert total.tolist() == [1.5, 4.0, 7.0]
+    assert {name: x.tolist() for name, x in each.items()} == {"a": [1, 2, 3], "b": [0.5, 0.0, -1.0]}
 
 
 def fails(*_: Any) -> Any:

@@ -68,7 +68,7 @@ def test_planted_answers_give_their_rate_and_what_belongs_to_it(
     planted = {"--policy": ["a"] * 20, "--baseline": theirs}
     monkeypatch.setattr("rl_lab.winrate.answers", lambda _, flag, *__: (planted[flag], [flag == "--policy"] * 20))
     judge = Verifier(lambda _, texts: [-float(ord(x[0])) if x else 0.0 for x in texts], "the alphabet")
-    monkeypatch.setattr("rl_lab.winrate.open_judge", lambda _: judge)
+    monkeypatch.setattr("rl_lab.winrate.open_judge", lambda *_: judge)
     report, rows = compare(arguments(pairs, tiny_model, "smollm2-135m", "llm:someone"))
     assert report["win_rate"] == (0.65, *wilson(13, 20), 20) and report["ties"] == 0.1
     # chosen "long answer" comes before "short", chosen "no" after "longer"
@@ -202,6 +202,25 @@ def test_a_model_against_itself_ties_by_a_local_judge(tiny_model: Path, pairs: P
     assert all(row["policy"] == row["baseline"] and row["orders_agree"] is False for row in rows)
 
 
+def test_a_verifier_judges_answers_that_its_task_ends(tmp_path: Path, tiny_model: Path, pairs: Path) -> None:
+    """It is right on the labels by definition, asks for no data of its own, and answers are ended as in its task."""
+    task = tasks.make("addition")
+    asked = [{"prompt": x, "chosen": str(eval(x.splitlines()[-1].rstrip("="))), "rejected": "?"} for x in task.prompts]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in asked[:20]))
+    given = arguments(pairs, tiny_model, tiny_model, "task:addition", max_new_tokens=40, temperature=1.0)
+    report, rows = compare(given)
+    assert report["judge"]["accuracy"].mean == 1.0 and report["judge"]["name"] == "task:addition"
+    assert report["unknown_training_data"] == [str(tiny_model)]
+    assert report["win_rate"].mean == 0.5 and report["ties"] == 1.0
+    assert not any("\n" in row[side] for row in rows for side in ("policy", "baseline"))
+    assert any(len(row["policy"]) < 40 for row in rows)
+    pairs.write_text(pairs.read_text() + '{"prompt": "2 + 2 =", "chosen": "4", "rejected": "5"}\n')
+    with pytest.raises(ValueError, match=r"^--judge task:addition: 2 of 42 prompts are not of that task, the first"):
+        compare(given)
+    with pytest.raises(ValueError, match=r"^--judge task: adition: there are larger-of-two, "):
+        compare(arguments(pairs, tiny_model, tiny_model, "task:adition"))
+
+
 def test_an_endpoint_judges_meters_and_keeps_the_key(
     endpoint: Any,
     tmp_path: Path,
@@ -244,7 +263,7 @@ def test_a_policy_trained_with_the_judge_is_pointed_out(
     tmp_path: Path, tiny_model: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     judge = make_run(tmp_path / "judge", tiny_model, labels=1)
-    policy = make_run(tmp_path / "policy", tiny_model, reward=str(judge))
+    policy = make_run(tmp_path / "policy", tiny_model, reward=["math:cos", str(judge)])  # as grpo writes it
     monkeypatch.setattr("rl_lab.winrate.answers", lambda *_: (["x"] * 20, [False] * 20))
     for model, trained in ((policy, True), (tiny_model, False)):
         report, _ = compare(arguments(pairs, model, tiny_model, str(judge / "model")))
@@ -262,7 +281,7 @@ def test_prompts_are_distinct_and_drawn_by_the_seed(
         return Verdicts([1.0] * len(prompts))
 
     judge.name = "yes"  # type: ignore[attr-defined]
-    monkeypatch.setattr("rl_lab.winrate.open_judge", lambda _: judge)
+    monkeypatch.setattr("rl_lab.winrate.open_judge", lambda *_: judge)
     monkeypatch.setattr("rl_lab.winrate.answers", lambda *a: (["x"] * len(a[2]), [False] * len(a[2])))
     for flags in ({"num_prompts": 5}, {"num_prompts": 5}, {"num_prompts": 5, "seed": 2}, {}):
         _, rows = compare(arguments(pairs, tiny_model, tiny_model, f"llm:{tiny_model}", **flags))

@@ -1,0 +1,63 @@
+"""Trained reward models as functions of prompts and completions, for `grpo` to learn from and for judges to compare."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rl_lab import require
+from rl_lab.language import Prompt, Tree, encode_completion, encode_prompt, load_model, load_tokenizer, locate, score
+
+MICRO_TOKENS = 2048  # computed at once
+
+
+class RewardModel:
+    """Scores completions by a sequence classifier with one output, read at the completion's end.
+
+    Raises:
+        ValueError: if there is none of that name, or it is a language model.
+    """
+
+    def __init__(self, name: str, flag: str, device: torch.device | str = "cpu", instead: str = "") -> None:
+        self.name, self.flag = name, flag
+        self.tokenizer = load_tokenizer(name, flag)
+        if not is_reward_model(name):
+            raise ValueError(f"{flag} {name}: no reward model" + instead)
+        try:
+            self.model = load_model(name, flag, num_labels=1).requires_grad_(False).to(device)
+        except RuntimeError as error:  # sizes differ
+            raise ValueError(f"{flag} {name}: its head does not give one score ({error})") from None
+
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
+        """A score for each completion; a prompt is computed once for those that follow each other."""
+        texts = iter(completions)
+        trees = []
+        for prompt, same in itertools.groupby(prompts):
+            branches = tuple(encode_completion(self.tokenizer, next(texts)) for _ in same)
+            trees.append(Tree(encode_prompt(self.tokenizer, prompt), branches))
+        require_room(self.model, trees, f"{self.flag} {self.name}")
+        return [x for scores in score(self.model, trees, MICRO_TOKENS) for x in scores]
+
+
+def is_reward_model(name: str) -> bool:
+    """Whether the head that was saved with a model, which must be there, gives scores; `load_model` loads either."""
+    path = locate(name)
+    adapter = Path(path) / "adapter_config.json"
+    if adapter.is_file():
+        return bool(json.loads(adapter.read_text())["task_type"] == "SEQ_CLS")
+    kinds = require("transformers", "preference").AutoConfig.from_pretrained(path).architectures or []
+    return any(kind.endswith("ForSequenceClassification") for kind in kinds)
+
+
+def require_room(model: Any, trees: Sequence[Tree], name: str, more: int = 0) -> None:
+    """Raise a ValueError if texts, with `more` tokens to come, are longer than what the model was made for."""
+    most = getattr(model.config, "max_position_embeddings", None) or math.inf
+    long = sum(len(tree.prompt) + max(map(len, tree.branches), default=0) + more > most for tree in trees)
+    if long:
+        raise ValueError(f"{name}: {long} of {len(trees)} texts are longer than its {most} tokens; take them out")

@@ -90,6 +90,11 @@ def rows_of(name: str, runs: list[Run]) -> list[list[str]]:
         length = "the longer one: {mean:.3f}".format(**first["length_baseline"]) if "length_baseline" in first else "–"
         measure = f"accuracy, {first['pairs']} pairs"
         rows.append([name, seeds, measure, length, shown(runs, lambda run: run["evaluation"]["accuracy"]), time])
+    if report := runs[0].get("winrate"):
+        measure = "win rate over {baseline[name]}, {prompts} prompts; the judge is right in {judge[accuracy][mean]:.3f}"
+        length = "the longer one: {win_rate[mean]:.3f}".format(**report["longer_wins"])
+        win = shown(runs, lambda run: run["winrate"]["win_rate"])
+        rows.append([name, seeds, measure.format(**report), length, win, time])
     return rows
 
 

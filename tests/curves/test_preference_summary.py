@@ -56,6 +56,21 @@ def test_rows_of_a_task_of_pairs_and_of_both(tmp_path: Path) -> None:
     assert (notes[0]["command"], notes[0]["args"]) == ("python -m x --y", {"y": 1})
 
 
+def test_a_win_rate_stands_beside_its_judge_s_accuracy_and_length(tmp_path: Path) -> None:
+    evaluation = {"pairs": 90, "accuracy": SHARE, "length_baseline": SHARE | {"mean": 0.5}, "seconds": 90.0}
+    report = {
+        "prompts": 300,
+        "win_rate": SHARE | {"mean": 0.58, "number": 300},
+        "judge": {"name": "a judge", "accuracy": SHARE | {"mean": 0.63}},
+        "longer_wins": {"win_rate": SHARE | {"mean": 0.47}, "accuracy": SHARE},
+        "baseline": {"name": "smollm2-135m"},
+    }
+    preference.keep("dpo", [run_folder(tmp_path, 1, evaluation=evaluation, winrate=report)], tmp_path / "results")
+    row = preference.table(tmp_path / "results").splitlines()[3].split(" | ")
+    assert row[2] == "win rate over smollm2-135m, 300 prompts; the judge is right in 0.630"
+    assert row[3:5] == ["the longer one: 0.470", "0.580 [0.550, 0.670]"]
+
+
 def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no evaluation\.json.*--resume"):
         preference.keep("x", [run_folder(tmp_path, 1)], tmp_path)

@@ -17,7 +17,7 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -162,6 +162,23 @@ def _load_events(path: Path) -> Run:
     steps, returns = np.array(points, dtype=np.float64).reshape(-1, 2).T
     table = {"global_step": steps, "episodic_return": returns}
     return _run(path, name[1], name[2], int(name[3]), table, budget)
+
+
+def read_scalars(run: Path, tags: Sequence[str]) -> dict[str, list[float]]:
+    """What a run folder's TensorBoard events say of these tags, in the order of steps; of a step's several, the last.
+
+    Raises:
+        ValueError: if a tag is missing.
+    """
+    found: dict[str, dict[int, float]] = {tag: {} for tag in tags}
+    for file in sorted(run.glob("events.out.tfevents*")):
+        for event in EventFileLoader(str(file)).Load():
+            for value in event.summary.value:
+                if value.tag in found:
+                    found[value.tag][event.step] = value.tensor.float_val[0]
+    if missing := [tag for tag, points in found.items() if not points]:
+        raise ValueError(f"{run}: its events have no {', '.join(missing)}")
+    return {tag: [points[step] for step in sorted(points)] for tag, points in found.items()}
 
 
 def _load_csv(path: Path) -> list[Run]:

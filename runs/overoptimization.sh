@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Reproduce docs/overoptimization.md: what optimizing a learned reward does to the reward it was learned from.
+#   POLARITY    the folder of Pang and Lee's rt-polarity.pos and rt-polarity.neg; ../shared/data/sentence_polarity
+# A run that was interrupted is resumed, one that is finished is skipped.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+export POLARITY=${POLARITY:-../shared/data/sentence_polarity}
+model=smollm2-135m folder=runs/overoptimization
+python=${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo python3)}
+study=("$python" -m rl_lab.overoptimization)
+common=(--model "$model" --seed 1 --runs-dir "$folder" --torch-threads "${OMP_NUM_THREADS:-$(nproc)}")
+
+train() {  # train COMMAND FLAG...: the run is $run afterwards
+    run=$(compgen -G "$folder/${model}__$1__1__*" | head -n 1) || true
+    if [[ -z $run ]]; then
+        "$python" -m "rl_lab.$1" "${common[@]}" "${@:2}"
+        run=$(compgen -G "$folder/${model}__$1__1__*" | head -n 1)
+    elif [[ ! -d $run/model ]]; then
+        "$python" -m "rl_lab.$1" --resume "$run"
+    fi
+}
+
+"$python" -m rl_lab.models "$model"
+[[ -f $folder/pairs.jsonl ]] || "${study[@]}" pairs "$folder" --model "$model"
+train reward_model --data "$folder/pairs.jsonl" --lora-rank 16 --learning-rate 2e-4 --warmup 5 --batch-size 16 --steps 68
+proxy=$run
+[[ -f $folder/best_of_n.json ]] || "${study[@]}" best-of-n "$folder" --model "$model" --proxy "$proxy"
+train grpo --prompts "$folder/prompts.jsonl" --reward "$proxy" rl_lab.overoptimization:gold --reward-weights 1 0 \
+    --beta 1e-3 --max-new-tokens 16 --prompts-per-step 8 --group-size 8 --steps 60 --learning-rate 2e-5 --no-decay
+"${study[@]}" report "$folder" --proxy "$proxy" --policy "$run"
+mkdir -p runs/results/overoptimization
+cp "$folder/report.json" "$folder/overoptimization.png" runs/results/overoptimization

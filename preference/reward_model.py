@@ -68,6 +68,7 @@ class Args(PreferenceArgs):
             self.require(field, 0 <= getattr(self, field) < np.inf, "finite and 0 or more")
             self.require(field, not process or getattr(self, field) == 0, "left out: --kind process has no pairs")
         wanted = "min, product or last for --kind process" if process else "left out: --kind outcome has no steps"
+        self.require("shard", not self.shard, "left out: reward models are not divided")
         self.require("aggregation", (self.aggregation is not None) == process, wanted)
 
 

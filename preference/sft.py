@@ -70,7 +70,8 @@ def train(args: Args) -> LanguageRun:
             yield {"losses/loss": losses(model, [trees[i] for i in group], args)}
 
     before: float | None = None
-    run = LanguageRun(args, "sft", model, tokenizer, args.generators(0)[0], state=lambda: {"before": before})
+    generator = args.generators(0)[0]
+    run = LanguageRun(args, "sft", model, tokenizer, generator, state=lambda: {"before": before}, shard=args.shard)
     before = run.saved["more"]["before"] if run.saved else None
     if before is None and run.iteration == 0:
         before = evaluate()

@@ -16,6 +16,9 @@ import torch
 import torch.distributed as dist
 import torch.utils._pytree as pytree
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from rl_lab.cli import BaseArgs, RunArgs
 from rl_lab.compiler import Compiled
@@ -25,10 +28,16 @@ A = TypeVar("A", bound=RunArgs)
 
 
 def ranks() -> tuple[int, int]:
-    """This process's rank and the number of ranks, (0, 1) without torchrun; joins the others at the first call."""
+    """This process's rank and the number of ranks, (0, 1) without torchrun; joins the others at the first call.
+
+    Each rank of a machine takes a GPU of its own, if there are enough of them; else all take the first one.
+    """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo")
+        apart = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", size))
+        if apart:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if apart else "gloo")
         atexit.register(dist.destroy_process_group)
     return rank, size
 
@@ -81,6 +90,24 @@ def summed_table(table: dict[str, float]) -> dict[str, float]:
     numbers = torch.tensor(list(table.values()), dtype=torch.float64)
     summed([numbers])
     return dict(zip(table, numbers.tolist(), strict=True))
+
+
+def shard(model: torch.nn.Module, device: torch.device) -> None:
+    """Divide a model's weights among the ranks, in place: FSDP2 [Zhao et al. 2023, arXiv:2304.11277].
+
+    Each layer is whole only while it is computed. Gradients become those of the mean over the ranks' losses, divided as
+    the weights are. All ranks have to compute forward and backward equally often, or they wait for each other for ever.
+    """
+    mesh = init_device_mesh(device.type, (ranks()[1],))
+    for stack in [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)][::-1]:
+        for layer in stack:
+            fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def whole(x: Tensor) -> Tensor:
+    """A tensor that may be divided among the ranks, which all have to ask for it."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def averaged(function: Callable[..., Any], key: object, compile: bool) -> tuple[Callable[..., Any], bool]:

@@ -151,11 +151,15 @@ def _unavailable(name: str, flag: str, error: Exception) -> ValueError:
     )
 
 
-def save_model(folder: Path, model: Any, tokenizer: Any) -> None:
-    """Write what `from_pretrained` loads, an adapter alone where there is one; the folder is whole or not there."""
+def save_model(folder: Path, model: Any, tokenizer: Any, weights: dict[str, Tensor] | None = None) -> None:
+    """Write what `from_pretrained` loads, an adapter alone where there is one; the folder is whole or not there.
+
+    Args:
+        weights: by name, if they are not those in the model.
+    """
     temporary = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
+    model.save_pretrained(temporary, state_dict=weights)
     tokenizer.save_pretrained(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rl_lab import distributed
 from rl_lab.checkpoint import replace_file
 from rl_lab.cli import BaseArgs
-from rl_lab.distributed import ranks, summed
+from rl_lab.distributed import ranks, summed, whole
 from rl_lab.language import Tree, add_lora, load_model, load_tokenizer, save_model
 from rl_lab.optim import fast_bf16
 from rl_lab.preference_data import Example, read, select, tokenize
@@ -82,6 +83,8 @@ class PreferenceArgs(LanguageArgs):
     """examples of a gradient step"""
     eval_examples: int = 500
     """held-out examples to evaluate on, at most"""
+    shard: bool = False
+    """under torchrun, divide weights, gradients and moments among the processes (FSDP2)"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -105,7 +108,12 @@ def open_data(args: PreferenceArgs, tokenizer: Any, kind: str) -> tuple[Examples
     Args:
         kind: of `preference_data.KINDS`.
     """
-    args.require("batch_size", args.batch_size >= ranks()[1], f"{ranks()[1]} or more: each process needs an example")
+    size = ranks()[1]
+    args.require("batch_size", args.batch_size >= size, f"{size} or more: each process needs an example")
+    if args.shard:  # the ranks have to compute equally often
+        args.require("shard", size > 1, "left out without torchrun")
+        args.require("batch_size", args.batch_size % size == 0, f"a multiple of the {size} processes for --shard")
+        args.require("micro_tokens", args.micro_tokens == 1, "1, that is one example at once, for --shard")
     everything, left_out = read(args.data, kind)
     shares = []
     for field in ("train", "holdout"):
@@ -119,7 +127,10 @@ def open_data(args: PreferenceArgs, tokenizer: Any, kind: str) -> tuple[Examples
     if left_out:
         print(f"{len(left_out)} pairs are left out: their answers do not follow one prompt (the first: {left_out[0]})")
     train, (examples, trees) = shares
-    return train, Examples(examples[: args.eval_examples], trees[: args.eval_examples])
+    most = min(args.eval_examples, len(trees))
+    most -= most % size if args.shard else 0
+    args.require("holdout", most > 0, f"a share with {size} examples or more for --shard")
+    return train, Examples(examples[:most], trees[:most])
 
 
 def open_model(args: LanguageArgs, num_labels: int = 0) -> tuple[Any, Any]:
@@ -155,6 +166,7 @@ class LanguageRun(BaseRun):
         tokenizer: saved with it.
         generator: of all that is drawn.
         state: gives what the method has besides, as nested dicts of tensors and JSON values.
+        shard: divide the model among the processes, from now on.
     """
 
     args: LanguageArgs
@@ -168,7 +180,11 @@ class LanguageRun(BaseRun):
         generator: torch.Generator,
         about: dict[str, Any] | None = None,
         state: Callable[[], dict[str, Any]] = dict,
+        shard: bool = False,
     ) -> None:
+        if shard:
+            distributed.shard(model, args.torch_device)
+        self.shard = shard
         self.model, self.tokenizer, self.generator, self._more = model, tokenizer, generator, state
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
@@ -182,9 +198,10 @@ class LanguageRun(BaseRun):
             generator.set_state(self.saved["generator"].cpu())
 
     def _state(self) -> dict[str, Any]:
-        moments = {name: dict(self.optimizer.state[p]) for name, p in self.trained.items()}
+        params = {name: whole(p) for name, p in self.trained.items()}
+        moments = {name: {x: whole(y) for x, y in self.optimizer.state[p].items()} for name, p in self.trained.items()}
         random = self.generator.get_state()
-        return {"params": self.trained, "moments": moments, "generator": random, "more": self._more()}
+        return {"params": params, "moments": moments, "generator": random, "more": self._more()}
 
     def _load_moments(self, moments: dict[str, dict[str, Tensor]]) -> None:
         for name, p in self.trained.items():
@@ -214,9 +231,10 @@ class LanguageRun(BaseRun):
         for p in parameters:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad.zero_()
         for loss in losses:
-            loss.backward()
-        summed([p.grad for p in parameters if p.grad is not None])
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm)
+            (loss * ranks()[1] if self.shard else loss).backward()  # what is divided is averaged, too
+        if not self.shard:
+            summed([p.grad for p in parameters if p.grad is not None])
+        norm = whole(torch.nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm))
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
         self.optimizer.step()
@@ -271,7 +289,12 @@ class LanguageRun(BaseRun):
     def finish(self, score: str, result: dict[str, Any]) -> None:
         """Write `model/`, which `from_pretrained` loads, and `evaluation.json`; say where everything is."""
         folder = self.logs.folders[0]
-        save_model(folder / "model", self.model, self.tokenizer)
+        weights = None
+        if self.shard:  # of weights that are one under two names, the first name
+            every = dict(self.model.named_parameters(remove_duplicate=False)).keys()
+            again = every - dict(self.model.named_parameters()).keys()
+            weights = {name: whole(x) for name, x in self.model.state_dict().items() if name not in again}
+        save_model(folder / "model", self.model, self.tokenizer, weights)
         replace_file(folder / "evaluation.json", json.dumps(result, indent=2).encode())
         print(f"{folder}: {score}")
         self.logs.close()

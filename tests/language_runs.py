@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from rl_lab import checkpoint
+from rl_lab.distributed import whole
 from rl_lab.language_training import LanguageRun
 
 # One gradient step of 4 examples in float32, not clipped, evaluated on two.
@@ -84,7 +85,7 @@ def evaluation(folder: Path) -> dict[str, Any]:
 
 def gradients(run: LanguageRun) -> dict[str, Tensor]:
     """Of the last step."""
-    return {name: p.grad.clone() for name, p in run.trained.items() if p.grad is not None}
+    return {name: whole(p.grad).clone() for name, p in run.trained.items() if p.grad is not None}
 
 
 def assert_equal_gradients(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float) -> None:

@@ -44,6 +44,7 @@ from rl_lab.optim import fast_bf16
 from rl_lab.preference_data import place, read
 from rl_lab.preference_metrics import share
 from rl_lab.reward_models import RewardModel
+from rl_lab.verify import pair_of
 
 WORDS = 4  # of a sentence, which are a prompt
 NEW_TOKENS = 16
@@ -130,12 +131,12 @@ def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def pairs(folder: tyro.conf.Positional[Path], model: str, number: int = 600, seed: int = 1) -> None:
-    """Write prompts.jsonl, and pairs.jsonl: two completions of each of other prompts, in gold's order.
+    """Write prompts.jsonl, and pairs.jsonl: of four completions of each of other prompts gold's best and worst.
 
     Args:
         folder: where to.
         model: that completes; as `rl_lab.grpo --model`.
-        number: of pairs at most; fewer if gold finds both completions equal.
+        number: of pairs at most; fewer if gold finds all four equal.
         seed: of the sampling.
     """
     texts = sentences()
@@ -148,11 +149,9 @@ def pairs(folder: tyro.conf.Positional[Path], model: str, number: int = 600, see
     replace_file(folder / "gold.json", json.dumps({"sentences": sum(unseen), "accuracy": told}, indent=1).encode())
     write_lines(folder / "prompts.jsonl", [{"prompt": x} for x in every[:PROMPTS]])
     asked, rows = every[PROMPTS : PROMPTS + number], []
-    for prompt, answers in zip(asked, completed(model, asked, 2, seed), strict=True):
-        first, second = gold([prompt] * 2, answers)
-        if first != second:
-            chosen, rejected = answers if first > second else reversed(answers)
-            rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    for prompt, answers in zip(asked, completed(model, asked, 4, seed), strict=True):
+        if pair := pair_of(answers, gold([prompt] * 4, answers)):
+            rows.append({"prompt": prompt, "chosen": pair[0], "rejected": pair[1]})
     write_lines(folder / "pairs.jsonl", rows)
 
 

@@ -23,7 +23,7 @@ train() {  # train COMMAND FLAG...: the run is $run afterwards
 
 "$python" -m rl_lab.models "$model"
 [[ -f $folder/pairs.jsonl ]] || "${study[@]}" pairs "$folder" --model "$model"
-train reward_model --data "$folder/pairs.jsonl" --lora-rank 16 --learning-rate 2e-4 --warmup 5 --batch-size 16 --steps 68
+train reward_model --data "$folder/pairs.jsonl" --lora-rank 16 --learning-rate 1e-3 --warmup 5 --batch-size 16 --steps 68
 proxy=$run
 [[ -f $folder/best_of_n.json ]] || "${study[@]}" best-of-n "$folder" --model "$model" --proxy "$proxy"
 train grpo --prompts "$folder/prompts.jsonl" --reward "$proxy" rl_lab.overoptimization:gold --reward-weights 1 0 \

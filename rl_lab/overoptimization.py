@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import tyro
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from rl_lab.best_of_n import expected_best, kl_bound
 from rl_lab.checkpoint import replace_file
@@ -183,7 +183,7 @@ def fit(d: Floats, gain: Floats, method: str) -> dict[str, float | None]:
 
     Args:
         d: (N,) square roots of the KL from the model at the start, in nats.
-        gain: (N,) rewards less the reward at d = 0.
+        gain: (N,) rewards less the reward at d = 0, in whatever unit.
         method: of `FORMS`.
     Returns:
         alpha, beta; rms, the residuals' root mean square; and peak, the d of the largest reward, None where the form
@@ -200,18 +200,28 @@ def fit(d: Floats, gain: Floats, method: str) -> dict[str, float | None]:
 
 
 def curves(folder: Path, proxy: str, policy: Path) -> dict[str, dict[str, list[float]]]:
-    """Of both methods: d, and proxy's and gold's gains over the model at the start."""
+    """Of both methods: d, and by how much proxy and gold exceed what they are at the start, in standard deviations of
+    the scores there."""
     table = {name: np.array(x) for name, x in json.loads((folder / "best_of_n.json").read_text()).items()}
     best = {name: expected_best(table["proxy"], table[name]) for name in ("proxy", "gold")}
-    start = {name: best[name][1] for name in best}
-    found = {"best-of-n": {"d": [math.sqrt(kl_bound(n)) for n in best["gold"]]}}
-    found["best-of-n"] |= {name: [x - start[name] for x in best[name].values()] for name in best}
+
+    def gains(name: str, scores: ArrayLike) -> list[float]:
+        found: list[float] = ((np.asarray(scores) - table[name].mean()) / table[name].std()).tolist()
+        return found
+
     tags = {"proxy": f"charts/reward/{Path(proxy).name}", "gold": "charts/reward/rl_lab.overoptimization:gold"}
     logged = read_scalars(policy, (*tags.values(), "losses/kl", "charts/length"))
-    kl = np.array(logged["losses/kl"]) * logged["charts/length"]
-    found["GRPO"] = {"d": np.sqrt(kl.clip(min=0)).tolist()}
-    found["GRPO"] |= {name: (np.array(logged[tag]) - start[name]).tolist() for name, tag in tags.items()}
-    return found
+    kl = np.array(logged["losses/kl"]) * logged["charts/length"]  # of a completion, not of a token
+    return {
+        "best-of-n": {
+            "d": [math.sqrt(kl_bound(n)) for n in best["gold"]],
+            **{name: gains(name, list(x.values())) for name, x in best.items()},
+        },
+        "GRPO": {
+            "d": np.sqrt(kl.clip(min=0)).tolist(),
+            **{name: gains(name, logged[tag]) for name, tag in tags.items()},
+        },
+    }
 
 
 def draw(found: dict[str, dict[str, list[float]]], fits: dict[str, dict[str, dict[str, Any]]]) -> bytes:
@@ -223,7 +233,11 @@ def draw(found: dict[str, dict[str, list[float]]], fits: dict[str, dict[str, dic
             form = fits[method][name]
             axes.plot(x["d"], x[name], "o", markersize=3, color=colour, label=name)
             axes.plot(d, d * (form["alpha"] - form["beta"] * FORMS[method](d)), color=colour, linewidth=1)
-        axes.set(title=method, xlabel="square root of the KL from the start, nats", ylabel="reward gained")
+        axes.set(
+            title=method,
+            xlabel="square root of the KL from the start, nats",
+            ylabel="gain, standard deviations at the start",
+        )
         axes.axhline(0, color="0.7", linewidth=0.6)
         axes.legend(frameon=False)
     return png(figure)

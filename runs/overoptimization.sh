@@ -27,7 +27,7 @@ train reward_model --data "$folder/pairs.jsonl" --lora-rank 16 --learning-rate 1
 proxy=$run
 [[ -f $folder/best_of_n.json ]] || "${study[@]}" best-of-n "$folder" --model "$model" --proxy "$proxy"
 train grpo --prompts "$folder/prompts.jsonl" --reward "$proxy" rl_lab.overoptimization:gold --reward-weights 1 0 \
-    --beta 1e-3 --max-new-tokens 16 --prompts-per-step 8 --group-size 8 --steps 60 --learning-rate 2e-5 --no-decay
+    --beta 1e-3 --max-new-tokens 16 --prompts-per-step 4 --group-size 8 --steps 60 --learning-rate 2e-5 --no-decay
 "${study[@]}" report "$folder" --proxy "$proxy" --policy "$run"
 mkdir -p runs/results/overoptimization
 cp "$folder/report.json" "$folder/overoptimization.png" runs/results/overoptimization

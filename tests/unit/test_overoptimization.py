@@ -139,9 +139,12 @@ def test_the_study_from_end_to_end(
     assert report["policy"]["evaluation"]["held_out"] == 2 and report["gold"]["sentences"] > 30
     best = report["curves"]["best-of-n"]
     assert best["d"][:2] == [0.0, pytest.approx(math.sqrt(math.log(2) - 0.5))] and len(best["d"]) == 3
-    assert best["proxy"][0] == best["gold"][0] == 0 and best["proxy"][2] > best["proxy"][1] > 0
+    assert [best["proxy"][0], best["gold"][0]] == pytest.approx([0, 0], abs=1e-9)
+    assert best["proxy"][2] > best["proxy"][1] > 0
+    start = np.array(table["proxy"])
+    assert best["proxy"][2] == pytest.approx((start.max(1).mean() - start.mean()) / start.std())
     ours, logged = report["curves"]["GRPO"], read_scalars(policy, ("charts/reward/proxy", "charts/length", "losses/kl"))
-    assert ours["proxy"] == pytest.approx([x - np.mean(table["proxy"]) for x in logged["charts/reward/proxy"]])
+    assert ours["proxy"] == pytest.approx([(x - start.mean()) / start.std() for x in logged["charts/reward/proxy"]])
     kl = np.array(logged["losses/kl"]) * logged["charts/length"]
     assert np.array(ours["d"]) ** 2 == pytest.approx(kl.clip(min=0), abs=1e-9) and kl[-1] > 0
     assert report["fits"]["GRPO"]["gold"].keys() == {"alpha", "beta", "rms", "peak"}

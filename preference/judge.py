@@ -23,7 +23,7 @@ import torch
 
 from rl_lab.endpoint import Endpoint
 from rl_lab.language import Prompt, Tree, encode_prompt, load_model, load_tokenizer, logits, pack
-from rl_lab.preference_data import Example
+from rl_lab.preference_data import Example, plain
 from rl_lab.preference_metrics import wilson
 from rl_lab.reward_models import RewardModel, is_reward_model, require_room
 from rl_lab.tasks import Reward
@@ -100,15 +100,6 @@ def audit(judge: Judge, pairs: Sequence[Example]) -> tuple[Rate, Verdicts]:
     chosen, rejected = ([x.completions[i] for x in pairs] for i in range(2))
     verdicts = judge([x.prompt for x in pairs], chosen, rejected)
     return rate(verdicts.wins), verdicts
-
-
-def plain(prompt: Prompt) -> str:
-    """A prompt as one text, in which the messages of a longer conversation have their roles before them."""
-    if isinstance(prompt, str):
-        return prompt
-    if len(prompt) == 1:
-        return prompt[0]["content"]
-    return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in prompt)
 
 
 class Verifier:

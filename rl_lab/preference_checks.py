@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from rl_lab.language import Prompt, Tokens, Tree
-from rl_lab.preference_data import Example, longest, select, split_by, tokenize
+from rl_lab.preference_data import Example, longest, normalised, select, split_by, tokenize
 from rl_lab.preference_metrics import wilson
 
 Level = Literal["ok", "note", "warning", "error"]
@@ -171,10 +171,10 @@ def shared_prompts(
 ) -> tuple[Finding, Finding]:
     """Holdout examples whose prompt is trained on: itself, as the parts overlap, or but for case and white space."""
     training = [split_by(x) for x in select(examples, train)]
-    same, similar = {_key(x) for x in training}, {_plain(x) for x in training}
+    same, similar = {_key(x) for x in training}, {normalised(x) for x in training}
     held = select(examples, holdout)
     shared = [x.where for x in held if _key(split_by(x)) in same]
-    near = [x.where for x in held if _key(split_by(x)) not in same and _plain(split_by(x)) in similar]
+    near = [x.where for x in held if _key(split_by(x)) not in same and normalised(split_by(x)) in similar]
     text = "of the holdout, which training has"
     return (
         _found("shared prompts", "error", shared, len(held), f"{text} too"),
@@ -301,12 +301,6 @@ def _pairs(examples: Sequence[Example]) -> list[Example]:
 
 def _key(prompt: Prompt) -> str:
     return json.dumps(prompt)
-
-
-def _plain(prompt: Prompt) -> str:
-    """A prompt without what near-identical ones differ in."""
-    text = prompt if isinstance(prompt, str) else " ".join(f"{x['role']} {x['content']}" for x in prompt)
-    return " ".join(text.casefold().split())
 
 
 def _tokenizers(check: str, level: Level, faulty: bool, text: str) -> Finding:

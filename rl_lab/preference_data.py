@@ -251,6 +251,20 @@ def _label(value: Any, where: str) -> bool:
     return bool(value)
 
 
+def plain(prompt: Prompt) -> str:
+    """A prompt as one text, in which the messages of a longer conversation have their roles before them."""
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1:
+        return prompt[0]["content"]
+    return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in prompt)
+
+
+def normalised(prompt: Prompt) -> str:
+    """A prompt's text without what does not make it another prompt: capitals and white space."""
+    return " ".join(plain(prompt).casefold().split())
+
+
 def place(prompt: Prompt) -> float:
     """A number in [0, 1) that depends on the prompt alone, by which prompts are split."""
     digest = hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).digest()

@@ -38,10 +38,9 @@ from rl_lab.preference.judge import (
     Verifier,
     audit,
     longer,
-    plain,
     rate,
 )
-from rl_lab.preference_data import Example, kind_of, place, read, select
+from rl_lab.preference_data import Example, kind_of, normalised, place, read, select
 from rl_lab.reward_models import require_room
 
 URL = ("http://", "https://")
@@ -147,11 +146,6 @@ def _flags(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return flags if isinstance(flags, dict) else None
-
-
-def normalised(prompt: Prompt) -> str:
-    """A prompt's text without what does not make it another prompt: capitals and white space."""
-    return " ".join(plain(prompt).casefold().split())
 
 
 def require_unseen(examples: Iterable[Example], runs: dict[Path, dict[str, Any]], what: str) -> None:

@@ -31,11 +31,10 @@ from rl_lab.preference.judge import (
     Verifier,
     audit,
     longer,
-    plain,
     rate,
     require_room,
 )
-from rl_lab.preference_data import Example
+from rl_lab.preference_data import Example, plain
 from rl_lab.preference_metrics import wilson
 
 KEY = "sk-secret-0123456789"

@@ -218,10 +218,10 @@ def compare(args: Args) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     task = tasks.make(args.judge.removeprefix("task:"), "--judge task:") if args.judge.startswith("task:") else None
     if task:
         known = {normalised(prompt) for prompt in task.prompts}
-        if foreign := sum(normalised(x.prompt) not in known for x in [*asked, *pairs]):
-            raise ValueError(
-                f"--judge {args.judge}: {foreign} of {len(asked) + len(pairs)} prompts are not of that task"
-            )
+        foreign = [x.where for x in [*asked, *pairs] if normalised(x.prompt) not in known]
+        if foreign:
+            told = f"{len(foreign)} of {len(asked) + len(pairs)} prompts are not of that task"
+            raise ValueError(f"--judge {args.judge}: {told}, the first at {foreign[0]}")
     models = {name: lineage(name) for name in (args.policy, args.baseline, *([] if task else [judging]))}
     for runs, _ in models.values():
         require_unseen(asked, runs, f"--prompts {args.prompts}")

@@ -28,10 +28,10 @@ ABOUT = ("algo", "seed", "command", "git_commit", "versions", "hardware", "args"
 READING = """
 
 Seeds' IQM with its 95 % interval; where a single seed has one, it is that of its held-out examples (Wilson).
-Accuracy is of greedy answers to prompts of the task that were not trained on, or of the implicit reward on pairs whose
-prompts were not. `runs/preference.sh` makes the rows again; every seed is in
-[runs/results/preference](runs/results/preference), with command, commit, versions and hardware; what stands beside a
-win rate: [docs/judging.md](docs/judging.md)."""
+Accuracy is of greedy answers to prompts of the task that were not trained on, or of the implicit reward on pairs
+whose prompts were not. Minutes are the wall clock's, on one thread beside other work. `runs/preference.sh` makes
+the rows again; every seed is in [runs/results/preference](runs/results/preference), with command, commit, versions
+and hardware; what stands beside a win rate: [docs/judging.md](docs/judging.md)."""
 
 Run = dict[str, Any]
 
@@ -51,17 +51,26 @@ def keep(name: str, runs: Sequence[Path], folder: Path) -> Path:
         about = {key: config[key] for key in ABOUT}
         about["command"] = re.sub(r" --runs-dir[= ]\S+", "", about["command"])  # where it lay says nothing
         about["args"] = {flag: x for flag, x in about["args"].items() if flag != "runs_dir"}
-        kept.append(about | found)
+        kept.append(portable(about | found))
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     path.write_text(json.dumps(sorted(kept, key=lambda run: run["seed"]), indent=1) + "\n", encoding="utf-8")
     return path
 
 
+def portable(report: Any) -> Any:
+    """A report without folders of this machine: absolute paths end in the same name elsewhere."""
+    if isinstance(report, dict):
+        return {name: portable(x) for name, x in report.items()}
+    if isinstance(report, list):
+        return [portable(x) for x in report]
+    return re.sub(r"(?<![^\s=])/\S*/(?=\S)", "", report) if isinstance(report, str) else report
+
+
 def spread(values: Sequence[float]) -> str:
-    """IQM and interval over seeds."""
+    """IQM and interval over seeds, of shares."""
     middle, low, high = map(float, interval(np.array(values)))
-    return f"{middle:.3f} [{low:.3f}, {high:.3f}]"
+    return f"{middle:.3f} [{max(low, 0):.3f}, {min(high, 1):.3f}]"
 
 
 def shown(runs: Sequence[Run], share: Callable[[Run], dict[str, float]]) -> str:

@@ -65,7 +65,14 @@ def test_a_win_rate_stands_beside_its_judge_s_accuracy_and_length(tmp_path: Path
         "longer_wins": {"win_rate": SHARE | {"mean": 0.47}, "accuracy": SHARE},
         "baseline": {"name": "smollm2-135m"},
     }
-    preference.keep("dpo", [run_folder(tmp_path, 1, evaluation=evaluation, winrate=report)], tmp_path / "results")
+    report["args"] = {"prompts": "/a/b/pairs.jsonl", "share": [0.8, 1.0], "policy": "runs/x"}
+    report["notes"] = ["unknown: those of /a/b/m, https://host/v1 and a/b", "a / b"]
+    path = preference.keep(
+        "dpo", [run_folder(tmp_path, 1, evaluation=evaluation, winrate=report)], tmp_path / "results"
+    )
+    kept = json.loads(path.read_text())[0]["winrate"]
+    assert kept["args"] == {"prompts": "pairs.jsonl", "share": [0.8, 1.0], "policy": "runs/x"}
+    assert kept["notes"] == ["unknown: those of m, https://host/v1 and a/b", "a / b"]
     row = preference.table(tmp_path / "results").splitlines()[3].split(" | ")
     assert row[2] == "win rate over smollm2-135m, 300 prompts; the judge is right in 0.630"
     assert row[3:5] == ["the longer one: 0.470", "0.580 [0.550, 0.670]"]

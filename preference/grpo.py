@@ -39,8 +39,9 @@ from torch import Tensor
 from rl_lab.cli import run
 from rl_lab.distributed import lasting, ranks, summed, summed_table
 from rl_lab.generation import Sampler
-from rl_lab.language import Packed, Tree, micro_batches, pack, token_logprobs
+from rl_lab.language import Packed, Tree, encode_prompt, micro_batches, pack, token_logprobs
 from rl_lab.language_training import LanguageArgs, LanguageRun, drawn, open_model
+from rl_lab.reward_models import require_room
 from rl_lab.tasks import rewarded, score, split
 
 CLIPS = {"dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4)}  # the papers'; (0.2, 0.2) for the others
@@ -88,9 +89,8 @@ class Args(LanguageArgs):
     kl: Literal["k1", "k2", "k3"] = "k3"
     """its estimator"""
     learning_rate: float = 1e-5
-    """of AdamW"""
-    micro_tokens: int = 1024
-    """tokens that are computed at once; the gradient does not depend on it"""
+    checkpoint_every: int = 10
+    """rounds between checkpoints; 0 for the first and last only"""
 
     may_be_zero: ClassVar[set[str]] = {*LanguageArgs.may_be_zero, "max_new_tokens"}
 
@@ -256,6 +256,7 @@ def train(args: Args) -> LanguageRun:
 
     model, tokenizer = open_model(args)
     (generator,) = args.generators(rank)
+    require_room(model, [Tree(encode_prompt(tokenizer, x), ()) for x in task.prompts], f"--model {args.model}", longest)
     sample = Sampler(model, tokenizer, task.stop, longest, generator, args.bf16)
     reference = copy.deepcopy(model).requires_grad_(False) if args.beta else None
     before: float | None = None  # training, held-out reward
@@ -289,9 +290,9 @@ def train(args: Args) -> LanguageRun:
         if run.evaluation_due:
             table["eval/reward"] = evaluate()
         run.log(table, f"reward {means['charts/reward']:.3f}")
-    after = evaluate()
-    result = {"held_out": len(held_out), "before": before, "after": after, "seconds": round(run.elapsed, 1)}
-    run.finish(f"reward of {len(held_out)} held-out prompts, greedy: {before:.3f} before, {after:.3f} after", result)
+    result = {"held_out": len(held_out), "before": before, "after": (after := evaluate())}
+    told = f"reward of {len(held_out)} held-out prompts, greedy: {before:.3f} before, {after:.3f} after"
+    run.finish(told, result | {"seconds": round(run.elapsed, 1)})
     return run
 
 

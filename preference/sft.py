@@ -38,8 +38,6 @@ class Args(PreferenceArgs):
     """of AdamW"""
     warmup: int = 25
     """gradient steps over which the learning rate rises from zero"""
-    micro_tokens: int = 8192 if torch.cuda.is_available() else 1
-    """tokens that are computed at once, in whole examples and at least one; the gradient does not depend on it"""
 
 
 def num_tokens(trees: Sequence[Tree]) -> int:

@@ -106,8 +106,8 @@ def shard(model: torch.nn.Module, device: torch.device) -> None:
 
 
 def whole(x: Tensor) -> Tensor:
-    """A tensor that may be divided among the ranks, which all have to ask for it."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
+    """A tensor that may be divided among the ranks, which all have to ask for it; on the CPU if it was."""
+    return x.full_tensor().cpu() if isinstance(x, DTensor) else x
 
 
 def averaged(function: Callable[..., Any], key: object, compile: bool) -> tuple[Callable[..., Any], bool]:

@@ -51,10 +51,13 @@ def generate(
 
     given: dict[str, Any] = {"attention_mask": mask, "position_ids": positions, "use_cache": True, "logits_to_keep": 1}
     if shared:
-        cache = model(input_ids=torch.tensor([prompts[0][:shared]], device=device), logits_to_keep=1).past_key_values
+        ahead = torch.tensor([prompts[0][:shared]], device=device)
+        cache = model(input_ids=ahead, use_cache=True, logits_to_keep=1).past_key_values
         cache.batch_repeat_interleave(len(prompts))
         given["past_key_values"] = cache
     out = model(input_ids=ids, **given)
+    if not out.logits.isfinite().all():
+        raise FloatingPointError("the model's logits are not finite, so nothing can be sampled")
     cache, scores = out.past_key_values, out.logits[:, -1].repeat_interleave(group_size, 0)
     cache.batch_repeat_interleave(group_size)
     mask, positions = (x.repeat_interleave(group_size, 0) for x in (mask, positions[:, -1:]))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from rl_lab import require
@@ -105,6 +106,8 @@ def load_model(name: str, flag: str = "--model", num_labels: int = 0, seed: int 
     transformers = require("transformers", "preference")
     path = locate(name, flag)
     if (Path(path) / "adapter_config.json").is_file():
+        if not (Path(path) / "adapter_model.safetensors").is_file():  # peft would unpickle adapter_model.bin
+            raise ValueError(f"{flag} {name}: an adapter without adapter_model.safetensors, which alone is read")
         peft = require("peft", "preference")
         config = peft.PeftConfig.from_pretrained(path)
         config.task_type = None  # a causal model's adapter fits a reward model too
@@ -127,7 +130,26 @@ def load_model(name: str, flag: str = "--model", num_labels: int = 0, seed: int 
         head.normal_(0, 1 / (head.shape[1] + 1), generator=torch.Generator().manual_seed(seed))
     if missing := sorted(set(report["missing_keys"]) - {"score.weight"}):
         raise ValueError(f"{flag} {name}: its files lack {', '.join(missing[:3])}{' ...' if missing[3:] else ''}")
-    return model.eval()
+    _require_trees(model.eval(), f"{flag} {name}")
+    return model
+
+
+@torch.no_grad()
+def _require_trees(model: Any, name: str) -> None:
+    """Raise a ValueError if branches packed in a row are not to the model what they are alone.
+
+    It must go by the mask and the positions that it is given; a model whose attention counts places does not.
+    """
+    trees = [Tree([1, 2, 3], ([4, 5], [6, 7, 8])), Tree([1, 2, 9], ([10], [4, 11]))]
+    packed, rows = pack(trees), [torch.tensor([tree.prompt + tokens]) for tree in trees for tokens in tree.branches]
+    alone = torch.stack([model.base_model(row).last_hidden_state[0, -1] for row in rows])
+    try:
+        fits = bool((_hidden(model, packed)[packed.ends] - alone).abs().max() < 1e-3 * alone.abs().max())
+    except (TypeError, ValueError, RuntimeError):  # it takes no such mask, or no positions
+        fits = False
+    if not fits:
+        why = "its attention goes by places in the row, not by the mask and positions given"
+        raise ValueError(f"{name}: {type(model).__name__} cannot be trained here: {why}; Llama, Qwen and others can")
 
 
 def load_tokenizer(name: str, flag: str = "--model") -> Any:
@@ -188,7 +210,10 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> Tokens:
         return ids or [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
     if not tokenizer.chat_template:
         raise ValueError("--model: its tokenizer has no chat template, which messages need; plain prompts work")
-    text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    try:
+        text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    except TemplateError as error:
+        raise ValueError(f"the model's chat template refuses the prompt {str(prompt)!r:.80}: {error}") from None
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has them already
     return ids
 
@@ -255,9 +280,24 @@ def micro_batches(trees: Sequence[Tree], most: int) -> list[list[int]]:
     return groups
 
 
+def _inputs(model: Any, packed: Packed) -> dict[str, Any]:
+    """What the model takes; attention written out in Python adds the mask, where PyTorch's own selects by it."""
+    inputs: dict[str, Any] = {**packed.inputs, "use_cache": False}
+    if model.config._attn_implementation == "eager":
+        mask = inputs["attention_mask"]
+        inputs["attention_mask"] = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -1e9)
+    return inputs
+
+
+def _hidden(model: Any, packed: Packed) -> Tensor:
+    """(L, D) outputs of the last layer."""
+    inputs = {name: x for name, x in _inputs(model, packed).items() if name != "logits_to_keep"}
+    return model.base_model(**inputs).last_hidden_state[0]  # type: ignore[no-any-return]
+
+
 def logits(model: Any, packed: Packed) -> Tensor:
     """(K, V) float32 logits that predict the scored tokens."""
-    return model(**packed.inputs, use_cache=False).logits[0].float()  # type: ignore[no-any-return]
+    return model(**_inputs(model, packed)).logits[0].float()  # type: ignore[no-any-return]
 
 
 def token_logprobs(model: Any, packed: Packed, temperature: float = 1.0, bf16: bool = False) -> Tensor:
@@ -270,8 +310,7 @@ def token_logprobs(model: Any, packed: Packed, temperature: float = 1.0, bf16: b
 def rewards(model: Any, packed: Packed, places: Tensor | None = None) -> Tensor:
     """(branches,) float32 rewards: a reward model's output at each branch's last token; or (R,) at `places`."""
     model = model.get_base_model() if hasattr(model, "get_base_model") else model  # adapters stay in
-    inputs = {name: x for name, x in packed.inputs.items() if name != "logits_to_keep"}
-    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state[0]
+    hidden = _hidden(model, packed)
     with torch.autocast(hidden.device.type, enabled=False):  # rewards of 8 bits would be tied
         read: Tensor = model.score(hidden[packed.ends if places is None else places].float())
     return read.squeeze(1)

@@ -22,7 +22,7 @@ from rl_lab.distributed import ranks, summed, whole
 from rl_lab.language import Tree, add_lora, load_model, load_tokenizer, save_model
 from rl_lab.optim import fast_bf16
 from rl_lab.preference_data import Example, read, select, tokenize
-from rl_lab.run import BaseRun
+from rl_lab.run import SMALLER, BaseRun
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +45,12 @@ class LanguageArgs(BaseArgs):
     """of AdamW"""
     lora_rank: int = 0
     """train adapters of this rank on every linear layer; 0 trains all weights"""
-    micro_tokens: int = 1024
-    """tokens that are computed at once; the gradient does not depend on it"""
+    micro_tokens: int = 8192 if torch.cuda.is_available() else 1024
+    """tokens that are computed at once, in whole examples and at least one; the gradient does not depend on it"""
     bf16: bool = fast_bf16()
     """matrix products in bfloat16; the default is whether they are fast here"""
+    torch_threads: int = torch.get_num_threads()
+    """CPU threads of torch; the default is all cores, or what OMP_NUM_THREADS says"""
     checkpoint_every: int = 100
     """gradient steps between checkpoints; 0 for the first and last only"""
 
@@ -234,11 +236,13 @@ class LanguageRun(BaseRun):
             (loss * ranks()[1] if self.shard else loss).backward()  # what is divided is averaged, too
         if not self.shard:
             summed([p.grad for p in parameters if p.grad is not None])
-        norm = whole(torch.nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm))
+        norm = float(whole(torch.nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm)))
+        if not math.isfinite(norm):
+            raise self.diverged("the gradient's norm is not finite", SMALLER)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
         self.optimizer.step()
-        return float(norm)
+        return norm
 
     def learn(self, parts: Iterable[dict[str, Tensor]], count: int) -> dict[str, float]:
         """One gradient step on the mean of `losses/loss`; returns the means of all measures, and the gradient's norm.
@@ -277,8 +281,7 @@ class LanguageRun(BaseRun):
             if unchanged:
                 self.generator.set_state(random)
                 self.checkpoint()
-            how = f"checkpointed at step {self.checkpointed}; continue with --resume {self.logs.folders[0]}"
-            raise ValueError(f"{error}; {how}") from error
+            raise ValueError(f"{error}; checkpointed at step {self.checkpointed}; {self.how_to_go_on}") from error
 
     def log(self, metrics: dict[str, float], extra: str = "") -> None:
         """Log a gradient step. FloatingPointError if a loss is not finite."""
@@ -294,7 +297,8 @@ class LanguageRun(BaseRun):
             every = dict(self.model.named_parameters(remove_duplicate=False)).keys()
             again = every - dict(self.model.named_parameters()).keys()
             weights = {name: whole(x) for name, x in self.model.state_dict().items() if name not in again}
-        save_model(folder / "model", self.model, self.tokenizer, weights)
+        if not ranks()[0]:  # the other ranks' folders do not last
+            save_model(folder / "model", self.model, self.tokenizer, weights)
         replace_file(folder / "evaluation.json", json.dumps(result, indent=2).encode())
         print(f"{folder}: {score}")
         self.logs.close()

@@ -41,7 +41,7 @@ from rl_lab.generation import Sampler
 from rl_lab.language import Prompt
 from rl_lab.log import provenance
 from rl_lab.optim import fast_bf16
-from rl_lab.preference_data import place, read
+from rl_lab.preference_data import place, read, write_lines
 from rl_lab.preference_metrics import share
 from rl_lab.reward_models import RewardModel
 from rl_lab.verify import pair_of
@@ -125,11 +125,6 @@ def completed(name: str, prompts: Sequence[Prompt], each: int, seed: int) -> lis
     return [texts[i : i + each] for i in range(0, len(texts), each)]
 
 
-def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    replace_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
-    print(f"{path}: {len(rows)} lines")
-
-
 def pairs(folder: tyro.conf.Positional[Path], model: str, number: int = 600, seed: int = 1) -> None:
     """Write prompts.jsonl, and pairs.jsonl: of four completions of each of other prompts gold's best and worst.
 
@@ -153,6 +148,7 @@ def pairs(folder: tyro.conf.Positional[Path], model: str, number: int = 600, see
         if pair := pair_of(answers, gold([prompt] * 4, answers)):
             rows.append({"prompt": prompt, "chosen": pair[0], "rejected": pair[1]})
     write_lines(folder / "pairs.jsonl", rows)
+    print(f"{folder}: {PROMPTS} prompts and {len(rows)} pairs")
 
 
 def best_of_n(folder: tyro.conf.Positional[Path], model: str, proxy: str, seed: int = 2) -> None:
@@ -194,7 +190,7 @@ def fit(d: Floats, gain: Floats, method: str) -> dict[str, float | None]:
     (alpha, beta), *_ = np.linalg.lstsq(columns, gain, rcond=None)
     peak = None
     if beta > 0:
-        peak = float(alpha / (2 * beta) if method == "best-of-n" else np.exp(min(alpha / beta - 1, 700.0)))
+        peak = float(max(alpha, 0.0) / (2 * beta) if method == "best-of-n" else np.exp(min(alpha / beta - 1, 700.0)))
     rms = float(np.sqrt(np.mean((columns @ [alpha, beta] - gain) ** 2)))
     return {"alpha": float(alpha), "beta": float(beta), "rms": rms, "peak": peak}
 

@@ -25,9 +25,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import TemplateError
-
 from rl_lab import require
+from rl_lab.checkpoint import replace_file
 from rl_lab.language import Message, Prompt, Tree, encode_completion, encode_prompt
 
 KINDS = {
@@ -102,6 +101,11 @@ def _rows(data: str, flag: str) -> Iterator[tuple[str, Any]]:
     """Where each row is, and what is there."""
     is_file = data.endswith((".jsonl", ".json", ".gz")) or data.startswith((".", "/")) or Path(data).exists()
     return read_lines(data, flag) if is_file else _hub_rows(data, flag)
+
+
+def write_lines(path: Path, rows: Iterable[Any]) -> None:
+    """Write a .jsonl file, whole or not at all."""
+    replace_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
 
 def read_lines(data: str, flag: str) -> Iterator[tuple[str, Any]]:
@@ -302,6 +306,6 @@ def tokenize(examples: Sequence[Example], tokenizer: Any, most: int) -> tuple[li
 def _tree(example: Example, tokenizer: Any) -> Tree:
     try:
         prompt = encode_prompt(tokenizer, example.prompt)
-    except TemplateError as error:
-        raise ValueError(f"{example.where}: the model's chat template refuses the prompt: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{example.where}: {error}") from None
     return Tree(prompt, tuple(encode_completion(tokenizer, text) for text in example.completions))

@@ -16,6 +16,7 @@ from torch.func import vmap
 
 from rl_lab import checkpoint
 from rl_lab.cli import BaseArgs, RunArgs, Stopped
+from rl_lab.distributed import ranks
 from rl_lab.episodes import evaluate
 from rl_lab.log import Progress, RunLog, rate
 from rl_lab.rollout import merge_seeds, split_seeds
@@ -169,7 +170,8 @@ class BaseRun:
             "reached": self.reached,
             "logs": self.logs.state_dict(),
         }
-        checkpoint.save(self.logs.checkpoint_folder, {"state": state, "run": progress})
+        if not ranks()[0]:  # the other ranks' folders do not last
+            checkpoint.save(self.logs.checkpoint_folder, {"state": state, "run": progress})
         self.checkpointed = self.iteration
 
     def diverged(self, what: str, cause: str) -> FloatingPointError:
@@ -188,11 +190,17 @@ class BaseRun:
 
     def _stopped(self, cause: str, status: int) -> Stopped:
         step = self.checkpointed * self.steps_per_iteration
-        how = f"checkpointed at step {step}; continue with --resume {self.logs.folders[0]}"
-        return Stopped(f"{cause}: stopped, {how}", status)
+        return Stopped(f"{cause}: stopped, checkpointed at step {step}; {self.how_to_go_on}", status)
 
     def _refused(self, error: OSError) -> OSError:
-        return OSError(f"{error}; make room, then continue with --resume {self.logs.folders[0]}")
+        return OSError(f"{error}; make room, then {self.how_to_go_on}")
+
+    @property
+    def how_to_go_on(self) -> str:
+        """What to do after an end before its time, as the end of a sentence."""
+        if ranks()[1] > 1:
+            return "begin anew: a run under torchrun cannot be continued"
+        return f"continue with --resume {self.logs.folders[0]}"
 
 
 class Run(BaseRun):

@@ -234,6 +234,8 @@ def _gsm8k(path: str, flag: str) -> Task:
 
 def _last_number(text: str) -> str:
     """The last number in a text, without separators of thousands and zeros that say nothing; "" if there is none."""
-    found = re.findall(r"(?:(?<![0-9])-)?[0-9][0-9,]*(?:\.[0-9]+)?", text)  # in 7-5 the last one is 5
+    whole = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?"  # 1,234 is one, 1,23 two
+    found = re.findall(rf"(?:(?<![0-9])-)?(?:{whole}|\.[0-9]+)", text)  # in 7-5 the last one is 5
     number: str = found[-1].replace(",", "") if found else ""
+    number = re.sub(r"^(-?)\.", r"\g<1>0.", number)
     return number.rstrip("0").removesuffix(".") if "." in number else number

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -14,7 +14,7 @@ from rl_lab.checkpoint import replace_file
 from rl_lab.generation import Sampler
 from rl_lab.language import Prompt, load_model, load_tokenizer
 from rl_lab.optim import fast_bf16
-from rl_lab.preference_data import place
+from rl_lab.preference_data import place, write_lines
 from rl_lab.preference_metrics import share
 from rl_lab.tasks import Task, make
 
@@ -70,7 +70,7 @@ def main() -> None:
         sample = Sampler(model, tokenizer, task.stop, task.max_new_tokens, generator, args.bf16)
         size, temperature = (args.group_size, 1.0) if args.pairs else (1, 0.0)
         rewards: list[float] = []
-        lines: list[str] = []
+        lines: list[dict[str, Any]] = []
         for i in range(0, len(prompts), 64):
             batch = prompts[i : i + 64]
             texts = sample(batch, size, temperature)[1]
@@ -79,7 +79,7 @@ def main() -> None:
             for j, prompt in enumerate(batch):
                 mine = slice(j * size, (j + 1) * size)
                 if pair := pair_of(texts[mine], found[mine]):
-                    lines.append(json.dumps({"prompt": prompt, "chosen": pair[0], "rejected": pair[1]}) + "\n")
+                    lines.append({"prompt": prompt, "chosen": pair[0], "rejected": pair[1]})
         told = share(rewards)
         print(
             f"{args.model} on {len(prompts)} prompts of {args.task}, {'sampled' if args.pairs else 'greedy'}: "
@@ -89,7 +89,7 @@ def main() -> None:
             report = {"model": args.model, "task": args.task, "prompts": len(prompts), "accuracy": told}
             replace_file(args.json, json.dumps(report, indent=2).encode())
         if args.pairs:
-            replace_file(args.pairs, "".join(lines).encode())
+            write_lines(args.pairs, lines)
             print(f"{args.pairs}: {len(lines)} pairs, of the prompts with right and wrong answers")
     except (ValueError, OSError, ModuleNotFoundError) as error:
         raise SystemExit(f"error: {error}") from None

@@ -40,7 +40,7 @@ from rl_lab.preference.judge import (
     longer,
     rate,
 )
-from rl_lab.preference_data import Example, kind_of, normalised, place, read, select
+from rl_lab.preference_data import Example, kind_of, normalised, place, plain, read, select, write_lines
 from rl_lab.reward_models import require_room
 
 URL = ("http://", "https://")
@@ -217,8 +217,8 @@ def compare(args: Args) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     judging = args.judge_model or args.judge.removeprefix("llm:")
     task = tasks.make(args.judge.removeprefix("task:"), "--judge task:") if args.judge.startswith("task:") else None
     if task:
-        known = {normalised(prompt) for prompt in task.prompts}
-        foreign = [x.where for x in [*asked, *pairs] if normalised(x.prompt) not in known]
+        known = {plain(prompt) for prompt in task.prompts}  # letter by letter, as the verifier looks them up
+        foreign = [x.where for x in [*asked, *pairs] if plain(x.prompt) not in known]
         if foreign:
             told = f"{len(foreign)} of {len(asked) + len(pairs)} prompts are not of that task"
             raise ValueError(f"--judge {args.judge}: {told}, the first at {foreign[0]}")
@@ -232,6 +232,9 @@ def compare(args: Args) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     prompts, stop = [x.prompt for x in asked], task.stop if task else ""
     ours, ours_cut = answers(args.policy, "--policy", prompts, args, 0, stop)
     theirs, theirs_cut = answers(args.baseline, "--baseline", prompts, args, 1, stop)
+    columns: dict[str, Sequence[Any]] = {"prompt": prompts, "policy": ours, "baseline": theirs}
+    if args.json:  # answers take long, and a judge may still fail
+        write_lines(args.json.with_suffix(".jsonl"), rows_of(columns))
     verdicts = judge(prompts, ours, theirs)
     by_length, of_length = length(prompts, ours, theirs), audit(length, pairs)[0]
     report: dict[str, Any] = {
@@ -244,19 +247,23 @@ def compare(args: Args) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         "policy": _summary(args.policy, ours, ours_cut),
         "baseline": _summary(args.baseline, theirs, theirs_cut),
         "unknown_training_data": sorted(set().union(*(unknown for _, unknown in models.values()))),
-        "trained_with_judge": run_folder(judging) in models[args.policy][0],
+        "trained_with_judge": any(
+            folder == run_folder(judging) or (task and flags.get("task") == judging.removeprefix("task:"))
+            for folder, flags in models[args.policy][0].items()
+        ),
     }  # fmt: skip
     if verdicts.usage is not None and of_labels.usage is not None:
         report["judge"]["usage"] = usage = dict(verdicts.usage + of_labels.usage)
         if args.price:
             spent = (usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0))
             report["judge"]["cost"] = sum(tokens * price for tokens, price in zip(spent, args.price, strict=True)) / 1e6
-    columns: dict[str, Sequence[Any]] = {
-        "prompt": prompts, "policy": ours, "baseline": theirs, "policy_wins": verdicts.wins,
-        "probability": verdicts.probabilities, "orders_agree": verdicts.agreed,
-    }  # fmt: skip
-    columns = {name: column for name, column in columns.items() if len(column)}
-    return report, [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    columns["policy_wins"] = verdicts.wins
+    columns |= {"probability": verdicts.probabilities, "orders_agree": verdicts.agreed}
+    return report, rows_of({name: column for name, column in columns.items() if len(column)})
+
+
+def rows_of(columns: dict[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def _summary(name: str, texts: Sequence[str], cut: Sequence[bool]) -> dict[str, Any]:
@@ -326,11 +333,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             flags = {name: str(x) if isinstance(x, Path) else x for name, x in dataclasses.asdict(args).items()}
             whole = {"args": flags, **_named(report), "notes": notes(report), **provenance()}
             checkpoint.replace_file(args.json, json.dumps(whole, indent=2).encode())
-            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            checkpoint.replace_file(args.json.with_suffix(".jsonl"), lines.encode())
+            write_lines(args.json.with_suffix(".jsonl"), rows)
             print(f"{args.json}; the answers are in {args.json.with_suffix('.jsonl')}")
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
         raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted") from None
 
 
 def _named(report: Any) -> Any:

@@ -9,24 +9,14 @@ export POLARITY=${POLARITY:-../shared/data/sentence_polarity}
 model=smollm2-135m folder=runs/overoptimization
 python=${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo python3)}
 study=("$python" -m rl_lab.overoptimization)
-common=(--model "$model" --seed 1 --runs-dir "$folder" --torch-threads "${OMP_NUM_THREADS:-$(nproc)}")
-
-train() {  # train COMMAND FLAG...: the run is $run afterwards
-    run=$(compgen -G "$folder/${model}__$1__1__*" | head -n 1) || true
-    if [[ -z $run ]]; then
-        "$python" -m "rl_lab.$1" "${common[@]}" "${@:2}"
-        run=$(compgen -G "$folder/${model}__$1__1__*" | head -n 1)
-    elif [[ ! -d $run/model ]]; then
-        "$python" -m "rl_lab.$1" --resume "$run"
-    fi
-}
+source runs/train_language.sh
 
 "$python" -m rl_lab.models "$model"
 [[ -f $folder/pairs.jsonl ]] || "${study[@]}" pairs "$folder" --model "$model"
-train reward_model --data "$folder/pairs.jsonl" --lora-rank 16 --learning-rate 1e-3 --warmup 5 --batch-size 16 --steps 68
+train "$folder" reward_model 1 --data "$folder/pairs.jsonl" --lora-rank 16 --learning-rate 1e-3 --warmup 5 --batch-size 16 --steps 68
 proxy=$run
 [[ -f $folder/best_of_n.json ]] || "${study[@]}" best-of-n "$folder" --model "$model" --proxy "$proxy"
-train grpo --prompts "$folder/prompts.jsonl" --reward "$proxy" rl_lab.overoptimization:gold --reward-weights 1 0 \
+train "$folder" grpo 1 --prompts "$folder/prompts.jsonl" --reward "$proxy" rl_lab.overoptimization:gold --reward-weights 1 0 \
     --beta 1e-3 --max-new-tokens 16 --prompts-per-step 4 --group-size 8 --steps 60 --learning-rate 2e-5 --no-decay
 "${study[@]}" report "$folder" --proxy "$proxy" --policy "$run"
 mkdir -p runs/results/overoptimization

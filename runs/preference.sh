@@ -16,24 +16,12 @@ read -ra seeds <<< "${SEEDS:-1 2 3 4 5}"
 pairs=${PAIRS:-../shared/data/hh-rlhf/harmless-base-test.jsonl.gz}
 model=smollm2-135m task=larger-of-two
 python=${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo python3)}
-threads=${OMP_NUM_THREADS:-$(nproc)}
 
 "$python" -m rl_lab.models "$model"
 
 adapter=(--lora-rank 16 --learning-rate 2e-4 --warmup 5 --batch-size 8 --max-tokens 256)
 
-train() {  # train FOLDER COMMAND SEED FLAG...: the run is $run afterwards
-    local folder=$1 command=$2 seed=$3
-    run=$(compgen -G "$folder/${model}__${command}__${seed}__*" | head -n 1) || true
-    if [[ -z $run ]]; then
-        "$python" -m "rl_lab.$command" --model "$model" --seed "$seed" --torch-threads "$threads" --runs-dir "$folder" \
-            "${@:4}"
-        run=$(compgen -G "$folder/${model}__${command}__${seed}__*" | head -n 1)
-    elif [[ ! -d $run/model ]]; then
-        "$python" -m "rl_lab.$command" --resume "$run"
-    fi
-}
-
+source runs/train_language.sh
 keep() { "$python" -m rl_lab.curves.preference "$@"; }
 
 for what; do

@@ -534,6 +534,28 @@ def test_a_reward_model_rewards(flags: Callable[..., Args], letters: Any, tiny_m
         grpo.train(flags(reward=("a/judge", "b/judge")))
 
 
+def test_a_gradient_that_is_not_finite_ends_the_run(
+    flags: Callable[..., Args], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before it reaches the weights, also where the loss is finite."""
+    true = torch.nn.utils.clip_grad_norm_
+    calls: list[int] = []
+
+    def norm(*args: Any) -> Tensor:
+        calls.append(1)
+        return true(*args) * (float("inf") if len(calls) == 3 else 1.0)
+
+    monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", norm)
+    with pytest.raises(FloatingPointError, match="the gradient's norm is not finite after step 2; a smaller"):
+        grpo.train(flags())
+
+
+def test_prompts_that_cannot_be_used_are_told_before_training(flags: Callable[..., Args], letters: Any) -> None:
+    with pytest.raises(ValueError, match=r"^--model .*: 40 of 40 texts are longer than its 2048 tokens; take them out"):
+        grpo.train(flags(max_new_tokens=2047))
+    assert not letters.calls
+
+
 def test_the_reference_stays_at_the_start(flags: Callable[..., Args]) -> None:
     """A reference that were the model itself would have no KL from it, ever."""
     found = [x for _, x in scalars(grpo.train(flags(beta=1e-9)).logs.folders[0])["losses/kl"]]

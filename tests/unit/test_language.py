@@ -185,3 +185,65 @@ def test_a_tokenizer_without_an_end_is_refused(tiny_model: Path, tmp_path: Path)
     (tmp_path / "config.json").write_text((tiny_model / "config.json").read_text())
     with pytest.raises(ValueError, match="no EOS token"):
         load_tokenizer(str(tmp_path))
+
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags", "refused"),
+    [
+        ("Qwen2", {"intermediate_size": 64, "num_key_value_heads": 2}, False),
+        ("Gemma2", {"intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 8}, False),  # adds its masks
+        ("GPTNeoX", {"intermediate_size": 64}, False),
+        ("Mpt", {"d_model": 32, "n_layers": 2, "n_heads": 4}, True),  # a place's distance is a bias
+        ("Bloom", {"n_layer": 2, "n_head": 4}, True),
+    ],
+)
+def test_a_model_whose_branches_would_see_each_other_is_refused(
+    kind: str, flags: dict[str, Any], refused: bool, tmp_path: Path
+) -> None:
+    """Guards attention that adds the mask it is given, to which true and false are 1 and 0, and biases by places."""
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{kind}Config")(**SMALL | flags | {"initializer_range": 0.3})
+    torch.manual_seed(0)
+    made = getattr(transformers, f"{kind}ForCausalLM")(config)
+    made.save_pretrained(tmp_path)
+    if refused:
+        with pytest.raises(ValueError, match=f"^--model .*: {kind}ForCausalLM cannot be trained here: its attention"):
+            load_model(str(tmp_path))
+        return
+    model = load_model(str(tmp_path))
+    found = token_logprobs(model, pack(TREES))
+    peers = torch.cat([alone(model, tree.prompt, x) for tree in TREES for x in tree.branches])
+    torch.testing.assert_close(found, peers, rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_that_would_be_unpickled_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_model.bin").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    with pytest.raises(ValueError, match=r"an adapter without adapter_model\.safetensors, which alone is read"):
+        load_model(str(tmp_path))
+
+
+def test_a_config_without_a_cache_still_samples(model: Any) -> None:
+    """As of models that were saved after training with checkpointed activations."""
+    prompts = [[5, 6, 7, 8], [5, 6, 9]]
+    wanted = generate(model, prompts, 2, 4, 0.0, [2], torch.Generator())
+    model.config.use_cache = False
+    try:
+        found = generate(model, prompts, 2, 4, 0.0, [2], torch.Generator())
+    finally:
+        model.config.use_cache = True
+    assert torch.equal(found["actions"], wanted["actions"])
+
+
+def test_logits_that_are_not_finite_are_told(model: Any) -> None:
+    head = model.get_output_embeddings().weight.data
+    kept = head.clone()
+    head.fill_(float("nan"))
+    try:
+        with pytest.raises(FloatingPointError, match="the model's logits are not finite"):
+            generate(model, [[5, 6]], 2, 4, 1.0, [2], torch.Generator())
+    finally:
+        head.copy_(kept)

@@ -50,6 +50,7 @@ def test_the_forms_are_found_again() -> None:
     values = [x * (1.5 - 1.2 * math.log(x)) for x in (peak - 0.01, peak, peak + 0.01)]  # type: ignore[operator]
     assert max(values) == values[1]
     assert fit(d, d * (1.0 + 0.1 * d), "best-of-n")["peak"] is None
+    assert fit(d, d * (-0.1 - 0.2 * d), "best-of-n")["peak"] == 0  # it only falls
     noisy = fit(d, d + np.where(np.arange(30) % 2, 0.1, -0.1), "best-of-n")
     assert noisy["rms"] == pytest.approx(0.1, rel=0.1)
 

@@ -292,7 +292,7 @@ def test_what_is_too_long_is_left_out_whole(tiny_model: Path) -> None:
 def test_messages_that_a_template_refuses_are_named(tiny_model: Path) -> None:
     tokenizer = load_tokenizer(str(tiny_model))
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(ValueError, match=r"^f:7: the model's chat template refuses the prompt: roles must alternate"):
+    with pytest.raises(ValueError, match=r"^f:7: the model's chat template refuses the prompt .*: roles must"):
         tokenize([Example([USER], ("a",), (), "f:7")], tokenizer, 10)
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="has no chat template"):

@@ -188,6 +188,10 @@ def gsm8k(tmp_path: Path) -> str:
         (2, "10", 0),
         (3, "0.5", 1),
         (3, "0.500", 1),
+        (3, "it is .5", 1),
+        (3, "-.5", 0),
+        (0, "1,2", 0),  # two numbers, as a separator stands before three digits
+        (0, "5, 12", 1),
         (3, "5", 0),
         (0, "9" * 10_000, 0),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -212,13 +213,48 @@ def test_a_verifier_judges_answers_that_its_task_ends(tmp_path: Path, tiny_model
     assert report["judge"]["accuracy"].mean == 1.0 and report["judge"]["name"] == "task:addition"
     assert report["unknown_training_data"] == [str(tiny_model)]
     assert report["win_rate"].mean == 0.5 and report["ties"] == 1.0
+    assert report["trained_with_judge"] is False
+    policy = make_run(pairs.parent / "policy", tiny_model, task="addition", data="", holdout=[0.0, 1.0])
+    assert compare(dataclasses.replace(given, policy=str(policy)))[0]["trained_with_judge"] is True
     assert not any("\n" in row[side] for row in rows for side in ("policy", "baseline"))
     assert any(len(row["policy"]) < 40 for row in rows)
     pairs.write_text(pairs.read_text() + '{"prompt": "2 + 2 =", "chosen": "4", "rejected": "5"}\n')
     with pytest.raises(ValueError, match=r"^--judge task:addition: 2 of 42 prompts are not of that task, the first"):
         compare(given)
+    pairs.write_text(json.dumps(asked[0] | {"prompt": asked[0]["prompt"] + " "}) + "\n")  # the verifier knows it not
+    with pytest.raises(ValueError, match=r"^--judge task:addition: 2 of 2 prompts are not of that task"):
+        compare(given)
     with pytest.raises(ValueError, match=r"^--judge task: adition: there are larger-of-two, "):
         compare(arguments(pairs, tiny_model, tiny_model, "task:adition"))
+
+
+def test_answers_are_kept_when_the_judge_fails(
+    tiny_model: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first call, which audits it, goes well."""
+    calls: list[int] = []
+
+    def judge(prompts: Any, first: Any, second: Any) -> Verdicts:
+        calls.append(len(prompts))
+        if len(calls) > 1:
+            raise OSError("gone")
+        return Verdicts([1.0] * len(prompts))
+
+    judge.name = "a judge"  # type: ignore[attr-defined]
+    monkeypatch.setattr("rl_lab.winrate.open_judge", lambda *_: judge)
+    monkeypatch.setattr("rl_lab.winrate.answers", lambda *_: (["x"] * 20, [False] * 20))
+    given = {
+        "--policy": tiny_model,
+        "--baseline": tiny_model,
+        "--judge": "llm:x",
+        "--prompts": pairs,
+        "--share": (0, 1),
+    }
+    with pytest.raises(SystemExit, match="error: gone"):
+        main(words(given | {"--json": tmp_path / "report.json"}))
+    rows = [json.loads(line) for line in (tmp_path / "report.jsonl").read_text().splitlines()]
+    assert len(rows) == 20 and rows[0].keys() == {"prompt", "policy", "baseline"}
+    assert not (tmp_path / "report.json").exists()
 
 
 def test_an_endpoint_judges_meters_and_keeps_the_key(

@@ -43,7 +43,7 @@ for what; do
                 "$python" -m rl_lab.verify "$model" --task "$task" --json "runs/$what/before.json"
             for seed in "${seeds[@]}"; do
                 train "runs/$what" dpo "$seed" --data "runs/$what/pairs.jsonl" --train 0 0.8 --holdout 0.8 0.9 \
-                    --steps 40 --batch-size 16 --warmup 4 --learning-rate 1e-5 --micro-tokens 1024
+                    --steps 80 --batch-size 8 --warmup 8 --learning-rate 1e-5 --micro-tokens 1024
                 cp "runs/$what/before.json" "$run"
                 [[ -f $run/after.json ]] ||
                     "$python" -m rl_lab.verify "$run" --task "$task" --json "$run/after.json"

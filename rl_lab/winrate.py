@@ -263,6 +263,7 @@ def compare(args: Args) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def rows_of(columns: dict[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Columns of N values each as N rows."""
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 

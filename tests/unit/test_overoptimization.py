@@ -77,7 +77,6 @@ def test_gold_learns_from_nine_tenths_and_prompts_are_of_the_others(polarity: Pa
     assert beginnings() == beginnings() and len(beginnings()) == len(set(beginnings()))
     (good, bad), seen = gold(["bad"] * 2, ["so good", "so bad"]), overoptimization.classifier().weights
     assert good > 0 > bad
-    assert all((x.split()[2] in seen) is False for x in every)  # digits are no words
     assert "film number" in seen
 
 

@@ -222,10 +222,11 @@ def compare(args: Args) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         if foreign:
             told = f"{len(foreign)} of {len(asked) + len(pairs)} prompts are not of that task"
             raise ValueError(f"--judge {args.judge}: {told}, the first at {foreign[0]}")
-    models = {name: lineage(name) for name in (args.policy, args.baseline, *([] if task else [judging]))}
+    models = {name: lineage(name) for name in (args.policy, args.baseline)}
+    models[judging] = ({}, set()) if task else lineage(judging)  # a verifier learned from nothing
     for runs, _ in models.values():
         require_unseen(asked, runs, f"--prompts {args.prompts}")
-    require_unseen(pairs, {} if task else models[judging][0], f"--labels {args.labels or args.prompts}")
+    require_unseen(pairs, models[judging][0], f"--labels {args.labels or args.prompts}")
 
     judge, length = open_judge(args, task), longer()
     accuracy, of_labels = audit(judge, pairs)  # first, as it tells whether the judge works at all

@@ -48,6 +48,7 @@ class Args(OfflineArgs):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require("fraction", 0 < self.fraction <= 1, "above 0 and at most 1")
+        self.require("gamma", self.gamma == Args.gamma, "left out: nothing is discounted")
 
 
 def best_episodes(data: Dataset, fraction: float) -> Dataset:

@@ -75,6 +75,8 @@ class Args(OfflineArgs):
             self.require(name, 0 < getattr(self, name) < math.inf, "finite and above 0")
         self.require("cql_alpha", 0 <= self.cql_alpha < math.inf, "finite and 0 or more")
         self.require("target_action_gap", math.isfinite(self.target_action_gap), "finite")
+        used = self.lagrange or self.target_action_gap == Args.target_action_gap
+        self.require("target_action_gap", used, "left out without --lagrange")
 
 
 def init_params(obs_size: int, actions: Actions, alpha: float, generator: torch.Generator) -> Agent:

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -64,10 +63,6 @@ class Args(OfflineArgs):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require("policy", self.policy is not None, "a run folder")
-
-    @property
-    def annealed(self) -> bool:
-        return False
 
 
 def init_params(obs_size: int, actions: Actions, generator: torch.Generator) -> Params:
@@ -140,9 +135,9 @@ def first_steps(data: Dataset) -> Tensor:
     return data.episode_lengths.cumsum(0) - data.episode_lengths
 
 
-def summary(x: Tensor) -> dict[str, float]:
-    """Mean and its standard error (NaN of a single number), and how many numbers these are of."""
-    error = float(x.std()) / len(x) ** 0.5 if len(x) > 1 else math.nan
+def summary(x: Tensor) -> dict[str, Any]:
+    """Mean and its standard error (None of a single number), and how many numbers these are of."""
+    error = float(x.std()) / len(x) ** 0.5 if len(x) > 1 else None
     return {"mean": float(x.mean()), "standard_error": error, "count": len(x)}
 
 
@@ -172,8 +167,9 @@ class Evaluation(OfflineRun):
     results: list[dict[str, Any]]
 
     def score(self, index: int) -> str:
-        found = ((name, x) for name, x in self.results[index].items() if name in SHOWN)
-        told = ", ".join(f"{name} {x['mean']:,.2f} ± {x['standard_error']:,.2f}" for name, x in found)
+        found = {name: x for name, x in self.results[index].items() if name in SHOWN}
+        errors = {name: f" ± {x['standard_error']:,.2f}" if x["count"] > 1 else "" for name, x in found.items()}
+        told = ", ".join(f"{name} {x['mean']:,.2f}{errors[name]}" for name, x in found.items())
         return f"{told} (± standard error over episodes)"
 
 
@@ -196,7 +192,7 @@ def train(args: Args, policy: Any) -> Evaluation:
     def state() -> dict[str, Any]:
         return {"params": critic, "target": target, "opt": opt, "policy": digest}
 
-    def estimates() -> list[dict[str, float]]:
+    def estimates() -> list[dict[str, Any]]:
         with torch.no_grad():
             values = vmap(partial(q_values, actions=actions), (0, None, None))(critic, *first)
         return [summary(x) for x in values.double()]
@@ -216,7 +212,8 @@ def train(args: Args, policy: Any) -> Evaluation:
         if run.evaluation_due or run.end == args.total_timesteps:
             for index, x in enumerate(estimates()):
                 run.recent[index] = [x["mean"]]  # what the console shows
-                run.logs.scalars(index, run.end, {"eval/value": x["mean"], "eval/standard_error": x["standard_error"]})
+                named = {"eval/value": x["mean"], "eval/standard_error": x["standard_error"]}
+                run.logs.scalars(index, run.end, {name: y for name, y in named.items() if y is not None})
 
     about: dict[str, Any] = {"data": summary(discounted_returns(data, args.gamma))}
     if args.eval_episodes:

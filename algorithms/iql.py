@@ -59,6 +59,10 @@ class Args(OfflineArgs):
         self.require("expectile", 0 < self.expectile < 1, "between 0 and 1")
         self.require("beta", 0 <= self.beta < math.inf, "finite and 0 or more")
 
+    @property
+    def annealed(self) -> bool:
+        return True
+
 
 def init_params(obs_size: int, actions: Actions, generator: torch.Generator) -> Agent:
     """Orthogonal, gain sqrt(2) in every layer; standard deviation 1."""
@@ -156,8 +160,7 @@ def train(args: Args) -> Run:
 
     for gradient_steps in run.intervals():
         for i, batch in gradient_steps:
-            cosine = 0.5 * (1 + math.cos(math.pi * i / args.total_timesteps))
-            actor_lr = torch.tensor(args.learning_rate * cosine, device=env.device)
+            actor_lr = torch.tensor(args.learning_rate * cosine(i / args.total_timesteps), device=env.device)
             agent, target, opts, metrics = learner(agent, target, opts, batch, actor_lr)
         run.log_losses(metrics)
         if run.episodes_due:
@@ -165,6 +168,11 @@ def train(args: Args) -> Run:
             run.judge(partial(policy, noise=None, actions=actions), agent, {}, test_env)
     run.finish(agent, {})
     return run
+
+
+def cosine(share: float) -> float:
+    """From 1 to 0 with the share of the gradient steps that are done."""
+    return 0.5 * (1 + math.cos(math.pi * share))
 
 
 def reward_scale(data: Dataset) -> float:
@@ -182,7 +190,7 @@ def policy(params: Agent, normalizer: Any, inputs: Inputs, noise: Tensor | None,
 
 
 def defaults(env_id: str) -> Args:
-    """The authors' hyper-parameters for `env_id`."""
+    """The authors' hyper-parameters for locomotion, for every environment."""
     return Args(env=env_id)
 
 

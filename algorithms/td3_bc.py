@@ -153,7 +153,7 @@ def train(args: Args) -> Run:
     for gradient_steps in run.intervals():
         for i, batch in gradient_steps:
             noise = torch.stack([draw_noise(actions, (args.batch_size,), g) for g in generators])
-            learner = learners[i % args.policy_frequency > 0]
+            learner = learners[(i + 1) % args.policy_frequency > 0]
             agent, target, opts, logged = learner(agent, target, opts, batch, noise)
             metrics |= logged
         run.log_losses(metrics)

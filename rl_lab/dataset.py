@@ -21,6 +21,8 @@ from rich.table import Table
 from torch import Tensor
 
 from rl_lab.curves.plot import COLOURS, INK, STYLE, png
+from rl_lab.curves.store import set_name
+from rl_lab.envs import make
 from rl_lab.offline import Dataset, load
 
 QUANTILES = {"min": 0.0, "10 %": 0.1, "25 %": 0.25, "median": 0.5, "75 %": 0.75, "90 %": 0.9, "max": 1.0}
@@ -34,7 +36,7 @@ class Args:
     dataset: tyro.conf.Positional[str]
     """Minari id, Minari folder or D4RL file (.hdf5)."""
     env: str | None = None
-    """Environment id of Gymnasium that the data must fit; the data set's own if not given."""
+    """Environment id that the data must fit; the data set's own if not given."""
     scores: tuple[float, float] | None = None
     """Mean returns of a random and of an expert policy, instead of the data set's own and D4RL's."""
     png: Path | None = None
@@ -151,9 +153,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = tyro.cli(Args, prog="python -m rl_lab.dataset", args=argv)
     try:
         dataset = load(args.dataset, args.scores, args.env)
+        if args.env:
+            env = make(args.env, (0,), 1)
+            dataset.require_env(args.env, env.observation_space, env.action_space)
         print_summary(dataset, console)
-        plain = args.dataset.removesuffix(".hdf5").strip("./~").replace("/", "-")
-        path = args.png or Path(f"{plain}.png")
+        path = args.png or Path(f"{set_name(args.dataset)}.png")
         path.write_bytes(png(draw(dataset)))
         console.print(f"figure: {path}", markup=False)
     except (ValueError, OSError) as error:

@@ -51,7 +51,7 @@ class Dataset:
 
     Attributes:
         name: as it was given to `load`.
-        env_id: of the environment, where it is known.
+        env_id: of the environment that the data are of, where it is known.
         columns: (n, ...) on the CPU: obs, actions, next_obs (floating ones as float32, others as in their space),
             rewards float32, terminated and truncated bool. At least one of the two is set in each episode's last step.
         observation_space, action_space: a Box; a Box or Discrete.
@@ -100,7 +100,8 @@ class Dataset:
         return normalized(returns, self.scores)
 
     def require_env(self, env_id: str, observation_space: gym.Space[Any], action_space: gym.Space[Any]) -> None:
-        """Raise a ValueError unless the data fit an environment with these spaces."""
+        """Raise a ValueError unless the data are of an environment's task, and fit its spaces."""
+        _require_task(self.name, self.env_id, env_id)
         ours, theirs = (self.observation_space, self.action_space), (observation_space, action_space)
         for what, mine, other in zip(("observations", "actions"), ours, theirs, strict=True):
             same = mine.shape == other.shape and type(mine) is type(other)
@@ -109,6 +110,13 @@ class Dataset:
             if not same:
                 where = f"; the data are of {self.env_id}" if self.env_id not in (None, env_id) else ""
                 raise ValueError(f"--env {env_id} has {what} {other}, {self.name} has {mine}{where}")
+
+
+def _require_task(name: str, own: str | None, env_id: str) -> None:
+    """Raise a ValueError for an id other than the data's own, but for its version; module:Class may be anything."""
+    task, other = (re.sub(r"-v\d+$", "", x or "") for x in (own, env_id))
+    if own and task != other and ":" not in own + env_id:
+        raise ValueError(f"--env {env_id}: {name} is of {own}, another task; leave --env out")
 
 
 def normalized(returns: Returns, scores: tuple[float, float]) -> Returns:
@@ -125,6 +133,7 @@ class Source(NamedTuple):
     observation_space: gym.Space[Any]
     action_space: gym.Space[Any]
     scores: tuple[float | None, float | None]
+    notes: tuple[str, ...] = ()
 
 
 def load(name: str, scores: tuple[float, float] | None = None, env_id: str | None = None) -> Dataset:
@@ -135,7 +144,8 @@ def load(name: str, scores: tuple[float, float] | None = None, env_id: str | Non
             tells the environment, as in halfcheetah-medium-v2.hdf5. Where it holds no next_observations, the true
             successors of time-outs are unknown: these transitions are left out, as D4RL's `qlearning_dataset` does.
         scores: mean returns of a random and of an expert policy, instead of the data set's own and D4RL's.
-        env_id: of Gymnasium, whose spaces the data must fit.
+        env_id: of the environment to judge in, if not the data's own, of the same task; whether it has the data's
+            spaces is for `Dataset.require_env`. A D4RL file whose name tells no environment takes Gymnasium's spaces.
     Raises:
         ValueError: if a package or the data set is missing, or it cannot be read, is damaged or does not fit.
     """
@@ -143,9 +153,11 @@ def load(name: str, scores: tuple[float, float] | None = None, env_id: str | Non
         source = _read_d4rl(name, env_id) if name.endswith((".hdf5", ".h5")) else _read_minari(name)
     except ModuleNotFoundError as error:
         raise ValueError(f"{name}: {error}") from None
-    except (OSError, RuntimeError) as error:  # HDF5 raises both
+    except (OSError, RuntimeError, KeyError) as error:  # HDF5 raises them, the last for a link to nothing
         raise ValueError(f"{name} cannot be read ({_line(error)}); a whole file that you may read works") from error
-    columns, notes = _checked(name, source), []
+    if env_id:
+        _require_task(name, source.env_id, env_id)
+    columns, notes = _checked(name, source), list(source.notes)
     if "next_obs" not in columns:
         notes.append(_drop_time_outs(columns))
     if not len(columns["rewards"]):
@@ -153,27 +165,23 @@ def load(name: str, scores: tuple[float, float] | None = None, env_id: str | Non
     if not (columns["terminated"] | columns["truncated"])[-1]:
         columns["truncated"][-1] = True
         notes.append("The data end within an episode; its last step counts as truncated.")
-    dataset = Dataset(
-        name,
-        env_id or source.env_id,
-        columns,
-        source.observation_space,
-        source.action_space,
-        _scores(name, scores or source.scores, env_id or source.env_id),
-        _checksum(columns),
-        tuple(notes),
-    )
-    if env_id:
-        dataset.require_env(env_id, *_spaces(env_id))
-    return dataset
+    known, table = _scores(name, scores or source.scores, source.env_id or env_id), reference_scores(source.env_id)
+    if known and table and known != table:
+        notes.append(
+            f"Normalized scores are by {known[0]:g} and {known[1]:g}, not by D4RL's {table[0]:g} and {table[1]:g}."
+        )
+    if env_id and source.env_id not in (None, env_id):
+        notes.append(f"The data are of {source.env_id}, judged in {env_id}.")
+    spaces = source.observation_space, source.action_space
+    return Dataset(name, source.env_id or env_id, columns, *spaces, known, _checksum(columns), tuple(notes))
 
 
-def reference_scores(task: str) -> tuple[float, float] | None:
+def reference_scores(task: str | None) -> tuple[float, float] | None:
     """D4RL's random and expert returns of a task, such as "hopper", or of an environment, such as "Hopper-v4".
 
     D4RL's are of the -v2 tasks; -v3, -v4 and -v5 have the same ones, so that all versions share a scale.
     """
-    row = _d4rl_tasks().get(task.partition("-")[0].lower())
+    row = _d4rl_tasks().get((task or "").partition("-")[0].lower())
     return (float(row["random"]), float(row["expert"])) if row else None
 
 
@@ -186,10 +194,12 @@ def _d4rl_tasks() -> dict[str, dict[str, str]]:
 def _scores(name: str, found: tuple[float | None, float | None], env_id: str | None) -> tuple[float, float] | None:
     random, expert = found
     if random is None and expert is None:
-        return reference_scores(env_id or "")
+        return reference_scores(env_id)
     if random is None or expert is None:
         known = f"ref_min_score {random}" if expert is None else f"ref_max_score {expert}"
         raise ValueError(f"{name} has only one reference score, {known}; pass both by {SCORES_FLAG}")
+    if not isinstance(random, int | float) or not isinstance(expert, int | float):
+        raise ValueError(f"{name}: its scores {random!r} and {expert!r} are no numbers; pass both by {SCORES_FLAG}")
     if not -math.inf < random < expert < math.inf:
         raise ValueError(f"{name}: scores {random} and {expert} must be finite, the expert's the larger one")
     return random, expert
@@ -200,9 +210,8 @@ def _read_d4rl(name: str, env_id: str | None) -> Source:
     if not path.is_file():
         raise ValueError(f"{name} is no file; D4RL's are at http://rail.eecs.berkeley.edu/datasets/offline_rl")
     task = re.split("[-_]", path.name)[0]
-    row = _d4rl_tasks().get(task, {"env_id": ""})
-    env_id = env_id or row["env_id"]
-    if not env_id:
+    own = _d4rl_tasks().get(task, {"env_id": ""})["env_id"] or env_id
+    if not own:
         known = ", ".join(task for task, row in _d4rl_tasks().items() if row["env_id"])
         raise ValueError(f"{name}: the file's name begins with none of {known}; say the environment by --env")
     with h5py.File(path) as file:
@@ -212,7 +221,7 @@ def _read_d4rl(name: str, env_id: str | None) -> Source:
             found = ", ".join(list(file)[:5]) or "nothing"
             needed = ", ".join(sorted(D4RL_COLUMNS[ours] for ours in missing))
             raise ValueError(f"{name} is no D4RL file: it lacks {needed} and holds {found}")
-    return Source(env_id, columns, *_spaces(env_id), reference_scores(task) or (None, None))
+    return Source(own, columns, *_spaces(own), reference_scores(task) or (None, None))
 
 
 def _drop_time_outs(columns: dict[str, Tensor]) -> str:
@@ -256,7 +265,12 @@ def _read_minari(name: str) -> Source:
         obs, *columns = zip(*episodes, strict=True)
         arrays = dict(zip(("actions", "rewards", "terminated", "truncated"), map(np.concatenate, columns), strict=True))
         arrays |= {"obs": np.concatenate([x[:-1] for x in obs]), "next_obs": np.concatenate([x[1:] for x in obs])}
-        env_id = json.loads(metadata["env_spec"])["id"] if metadata.get("env_spec") else None
+        steps = np.array([len(x[2]) for x in episodes])
+        last = steps.cumsum()[steps > 0] - 1
+        unended = last[(arrays["terminated"][last] == 0) & (arrays["truncated"][last] == 0)]
+        arrays["truncated"][unended] = True
+        spec, ours = metadata.get("env_spec"), metadata.get("rl_lab", {})  # an id unknown to Gymnasium has no spec
+        env_id = json.loads(spec)["id"] if spec else ours.get("env")
     except ModuleNotFoundError:
         raise
     except Exception as error:  # of JSON, HDF5, Arrow and Minari, which have no base in common
@@ -264,7 +278,9 @@ def _read_minari(name: str) -> Source:
             f"{name}: {folder} cannot be loaded ({_line(error)}); a complete Minari data set of Box observations works"
         ) from error
     scores = metadata.get("ref_min_score"), metadata.get("ref_max_score")
-    return Source(env_id, arrays, data.observation_space, data.action_space, scores)
+    told = f"{len(unended)} of {len(episodes)} episodes end neither terminated nor truncated; their last steps"
+    notes = (f"{told} count as truncated.",) if len(unended) else ()
+    return Source(env_id, arrays, data.observation_space, data.action_space, scores, notes)
 
 
 def _minari_folder(name: str) -> Path:

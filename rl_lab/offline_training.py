@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rl_lab.cli import RunArgs
 from rl_lab.distributions import Actions
+from rl_lab.memory import free_memory
 from rl_lab.offline import Dataset, load, normalized
 from rl_lab.replay import Batch, Replay, draw_uniform
 from rl_lab.run import Run
@@ -56,6 +57,16 @@ class OfflineArgs(RunArgs):
         self.require("until_return", self.until_return is None, "left out: to end by what is played is to choose by it")
         whole = self.total_timesteps % self.log_every == 0
         self.require("total_timesteps", whole, f"a multiple of --log-every {self.log_every}")
+
+    @property
+    def annealed(self) -> bool:
+        return False
+
+    @property
+    def key(self) -> tuple[str, Any]:
+        """Without what no compiled function depends on: data sets are many."""
+        source, fields = super().key
+        return source, tuple(x for x in fields if x[0] not in ("dataset", "scores", "eval_episodes", "log_every"))
 
     @property
     def num_iterations(self) -> int:
@@ -122,12 +133,22 @@ class OfflineRun(Run):
         generators: Sequence[torch.Generator],
         state: Callable[[], dict[str, Any]],
     ) -> None:
+        data.require_env(args.env, env.observation_space, env.action_space)
         self.data, self.generators, self.learned = data, generators, state
+        need, room = sum(x.nbytes for x in data.columns.values()), free_memory(args.torch_device)
+        told = f"it takes {need / 1e9:.1f} GB, {room / 1e9:.1f} GB are free on {args.torch_device}"
+        args.require("dataset", need <= room, f"one for which there is room: {told}")
         spec = {name: (tuple(x.shape[1:]), x.dtype) for name, x in data.columns.items()}
         self.replay = Replay(spec, 1, 1, len(data), args.gamma, device=args.torch_device, compile=args.compile)
         self.replay.add({name: x.unsqueeze(1).to(args.torch_device) for name, x in data.columns.items()})
         self.best = torch.full((args.num_seeds,), -torch.inf, dtype=torch.float64)  # mean return of an evaluation
-        origin = {"name": data.name, "checksum": data.checksum, "transitions": len(data), "scores": data.scores}
+        origin = {
+            "name": data.name,
+            "env": data.env_id,
+            "checksum": data.checksum,
+            "transitions": len(data),
+            "scores": data.scores,
+        }
         super().__init__(args, algo, env, self._state, {"data": origin})
         if self.saved:
             if self.saved["checksum"] != data.checksum:
@@ -198,7 +219,8 @@ class OfflineRun(Run):
             return "not judged"
         returns, scores = np.array(self.recent[index]), self.data.scores
         mean, best = float(returns.mean()), float(self.best[index])
-        told = f"return {mean:,.1f} ± {returns.std():,.1f} in {len(returns)} episodes of the last parameters"
+        spread, what = f"{returns.std():,.1f}", "the last parameters' likeliest actions"
+        told = f"return {mean:,.1f} ± {spread} in {len(returns)} episodes of {what}"
         if scores is None:
             return f"{told}; best evaluation {best:,.1f}"
         score, peak = normalized(mean, scores), normalized(best, scores)

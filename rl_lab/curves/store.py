@@ -31,6 +31,7 @@ FINISHED = 0.98  # of the budget: the last episode of a run that was not stopped
 
 # Which CleanRL script an algorithm of ours is compared with, where the names differ.
 SCRIPTS = {(algo, "Box"): f"{algo}_continuous_action" for algo in ("ppo", "sac", "td3")}
+ATARI_SCRIPTS = {"ppo_lstm": "ppo_atari_lstm"}  # others have _atari at their end
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Run:
         if "script" in self.config:  # of results that were kept
             return str(self.config["script"])
         if self.config and self.env.endswith("NoFrameskip-v4"):
-            return f"{self.algo}_atari"
+            return ATARI_SCRIPTS.get(self.algo, f"{self.algo}_atari")
         return SCRIPTS.get((self.algo, self.config.get("action_space", "")), self.algo)
 
 
@@ -91,7 +92,10 @@ def read_episodes(path: Path) -> dict[str, NDArray[np.float64]]:
     data, whole = path.read_bytes(), True
     if path.suffix == ".gz":
         data, whole = _gunzip(path, data)
-    text = data.decode() if whole else data[: data.rfind(b"\n") + 1].decode()
+    try:
+        text = data.decode() if whole else data[: data.rfind(b"\n") + 1].decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text: {error}") from None
     header, _, body = text.partition("\n")
     names = header.strip().split(",")
     if not {"global_step", "episodic_return"} <= set(names):
@@ -115,6 +119,12 @@ def published(script: str, env: str) -> list[dict[str, str]]:
     """Rows of CleanRL's documented results for a script and environment: mean, std, seeds, metric, source, commit."""
     with (REFERENCE / "published.csv").open() as file:
         return [row for row in csv.DictReader(file) if (row["script"], row["env"]) == (script, env)]
+
+
+def set_name(data: str) -> str:
+    """A data set's id or path as a name for files: lab-hopper-medium-v0, or of a file hopper-medium-v2."""
+    file = re.fullmatch(r"(?:.*/)?([^/]+)\.(?:hdf5|h5)", data)
+    return file[1] if file else data.strip("./~").replace("/", "-")
 
 
 def other_versions(env: str, known: Iterable[str]) -> list[str]:
@@ -141,6 +151,8 @@ def _load_folder(path: Path) -> Run:
     missing = {"env", "algo", "seed", "total_timesteps"} - set(config)
     if missing:
         raise ValueError(f"{path / 'config.json'} lacks {', '.join(sorted(missing))}")
+    if not isinstance(config["seed"], int) or not isinstance(config["total_timesteps"], int):
+        raise ValueError(f"{path / 'config.json'}: seed and total_timesteps must be whole numbers")
     table = read_episodes(path / "episodes.csv.gz")
     return _run(path, config["env"], config["algo"], int(config["seed"]), table, config["total_timesteps"], config)
 

@@ -220,7 +220,7 @@ def test_the_multiplier_grows_while_the_gap_is_above_its_target() -> None:
         assert metrics["weight_loss"].item() == pytest.approx(-4.0 * (gap - target), rel=1e-4)
         assert metrics["weight"].item() == 4.0
     flags["lagrange"] = False
-    new, *_, metrics = updated(agent, transitions(obs=1.0), noise, target_action_gap=0.0, **flags)
+    new, *_, metrics = updated(agent, transitions(obs=1.0), noise, **flags)
     assert new["multiplier"]["log_weight"].item() == 0.0 and "weight_loss" not in metrics
 
 

@@ -73,7 +73,7 @@ def test_the_text() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "figure"), [("lab/hand-v0", "lab-hand-v0.png"), ("./data/hopper-v2.hdf5", "data-hopper-v2.png")]
+    ("name", "figure"), [("lab/hand-v0", "lab-hand-v0.png"), ("./data/hopper-v2.hdf5", "hopper-v2.png")]
 )
 def test_the_figure_is_named_after_the_set(
     name: str, figure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -81,8 +81,10 @@ def test_the_figure_is_named_after_the_set(
     monkeypatch.chdir(tmp_path)
     asked: list[Any] = []
     monkeypatch.setattr(command, "load", lambda *given: asked.append(given) or data(scores=None))
-    assert main([name, "--env", "Hopper-v4", "--scores", "2", "12"]) == 0
-    assert asked == [(name, (2.0, 12.0), "Hopper-v4")]
+    assert main([name, "--env", "Hopper-v4", "--scores", "2", "12"]) == 1
+    assert "--env Hopper-v4 has observations" in capsys.readouterr().err
+    assert main([name, "--scores", "2", "12"]) == 0
+    assert asked == [(name, (2.0, 12.0), "Hopper-v4"), (name, (2.0, 12.0), None)]
     assert (tmp_path / figure).read_bytes().startswith(b"\x89PNG")
     out = capsys.readouterr().out
     assert out.endswith(f"figure: {figure}\n") and "--scores RANDOM EXPERT gives them" in out

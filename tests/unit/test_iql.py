@@ -92,6 +92,28 @@ def test_order_of_an_update() -> None:
     assert step["critics"].item() == pytest.approx(0.1, rel=1e-3)
 
 
+def test_rates_and_rewards_of_the_paper(tmp_path: Path, lucky: Callable[..., Any], monkeypatch: Any) -> None:
+    """The actor's rate falls as a cosine over all steps; rewards are 1000 over the range of the episodes' returns."""
+    data, seen = lucky(50), []
+
+    def recorded(agent: Any, target: Any, opts: Any, batch: Any, actor_lr: Tensor, **_: Any) -> Any:
+        seen.append((float(actor_lr), batch["rewards"]))
+        return agent, target, opts, {"q": torch.zeros(1)}
+
+    monkeypatch.setattr(iql, "Compiled", lambda function, *_, **__: function)
+    monkeypatch.setattr(iql, "vmap", lambda function, **_: function)
+    monkeypatch.setattr(iql, "update", recorded)
+    args = Args(dataset="lucky", device="cpu", compile=False, runs_dir=tmp_path, total_timesteps=4, log_every=4)
+    iql.train(replace(args, batch_size=1000, learning_rate=2.0, eval_episodes=0))
+    rates, rewards = zip(*seen, strict=True)
+    assert rates == pytest.approx([2.0, 1 + 0.5**0.5, 1.0, 1 - 0.5**0.5])
+    returns = data.episode_returns
+    assert float(rewards[0].min()) == pytest.approx(float(1000 * returns.min() / (returns.max() - returns.min())))
+    equal = replace(data, columns=data.columns | {"rewards": torch.ones(50)})
+    with pytest.raises(ValueError, match="all episodes have the same return; --no-normalize-reward works"):
+        iql.reward_scale(equal)
+
+
 def trained(tmp_path: Path, **flags: Any) -> float:
     """Mean action of the policy after training."""
     settings = {"total_timesteps": 300, "log_every": 100, "eval_every": 0, "eval_episodes": 0, "learning_rate": 3e-3}

@@ -133,10 +133,13 @@ def test_d4rls_and_minaris_format_have_one_checksum(tmp_path: Path) -> None:
 
 
 def test_an_open_end_counts_as_truncated() -> None:
-    write_minari([*EPISODES, ([7, 8], [1], [32], "nothing")])
+    first, second = EPISODES
+    write_minari([(*first[:3], "nothing"), second, ([7, 8], [1], [32], "nothing")])
     data = load(ID)
-    assert data.columns["truncated"].tolist() == [F, F, F, F, T, T]
-    assert data.notes == ("The data end within an episode; its last step counts as truncated.",)
+    assert data.columns["truncated"].tolist() == [F, F, T, F, T, T] and not data.columns["terminated"].any()
+    assert data.episode_returns.tolist() == [7, 24, 32]
+    told = "2 of 3 episodes end neither terminated nor truncated; their last steps count as truncated."
+    assert data.notes == (told,)
 
 
 def test_discrete_actions_and_the_environment() -> None:
@@ -170,7 +173,11 @@ def test_own_scores_go_before_d4rls_and_given_ones_before_both() -> None:
     assert hopper.env_id == "Hopper-v5" and hopper.scores == (-20.272305, 3234.3)
     assert hopper.normalized(3234.3) == 100 and hopper.normalized(-20.272305) == 0
     assert hopper.normalized(torch.tensor([1607.0138475])).tolist() == pytest.approx([50])
+    edit_metadata(folder, ref_min_score="2", ref_max_score=[12.0])
+    with pytest.raises(ValueError, match=rf"{ID}: its scores '2' and \[12.0\] are no numbers; pass both by --scores"):
+        load(ID)
     edit_metadata(folder, ref_min_score=2.0, ref_max_score=12.0)
+    assert "Normalized scores are by 2 and 12, not by D4RL's -20.2723 and 3234.3." in load(ID).notes
     assert load(ID).normalized(load(ID).episode_returns).tolist() == [50, 220]
     assert load(ID, scores=(0, 24)).normalized(6.0) == 25
 
@@ -295,14 +302,20 @@ def test_a_cut_foreign_or_missing_file_is_refused(tmp_path: Path) -> None:
 
 def test_another_environment_is_refused(tmp_path: Path) -> None:
     name = write_d4rl(tmp_path)
+    with pytest.raises(ValueError, match=r"^--env Walker2d-v4: .* is of HalfCheetah-v4, another task; leave --env out"):
+        load(name, env_id="Walker2d-v4")  # with the same spaces
+    own = write_d4rl(tmp_path, "mine.hdf5")
     with pytest.raises(ValueError, match=r"obs has shape \(8, 17\), \(8, 11\) fits"):
-        load(name, env_id="Hopper-v4")
+        load(own, env_id="Hopper-v4")
     with pytest.raises(ValueError, match="--env HalfCheater-v4 cannot be made: "):
-        load(name, env_id="HalfCheater-v4")
+        load(own, env_id="HalfCheater-v4")
+    newer = load(name, env_id="HalfCheetah-v5")
+    assert newer.env_id == "HalfCheetah-v4"
+    assert "The data are of HalfCheetah-v4, judged in HalfCheetah-v5." in newer.notes
     write_minari()
+    data = load(ID)  # which does not say what it is of
     with pytest.raises(ValueError, match=rf"^--env CartPole-v1 has observations Box\(.*, {ID} has Box\(-10"):
-        load(ID, env_id="CartPole-v1")
-    data = load(ID)
+        data.require_env("CartPole-v1", Box(-1, 1, (4,)), Discrete(2))
     data.require_env("Line-v0", LINE, PUSH)
     for other in (Box(-2, 2, (1,)), Box(-1, 1, (2,)), Discrete(1)):
         with pytest.raises(ValueError, match=rf"^--env Line-v0 has actions .*, {ID} has Box\(-1.0, 1.0"):

@@ -227,6 +227,57 @@ def test_td3_bc_takes_better_actions_than_the_data(
     assert mean_action(td3_bc, tmp_path / "flipped") < -0.5
 
 
+def test_td3_bc_s_actor_moves_on_every_second_step(lucky: Lucky, tmp_path: Path, monkeypatch: Any) -> None:
+    """The second, the fourth, ..., as CORL's counter has it."""
+    lucky()
+    delayed: list[bool] = []
+    sound = td3_bc.update
+
+    def recorded(*args: Any, **flags: Any) -> Any:
+        delayed.append(flags["delayed"])
+        return sound(*args, **flags)
+
+    monkeypatch.setattr(td3_bc, "update", recorded)
+    td3_bc.train(arguments(td3_bc, tmp_path, total_timesteps=5, log_every=5, eval_episodes=0))
+    assert delayed == [True, False, True, False, True]
+
+
+def test_nothing_compiles_anew_for_another_data_set() -> None:
+    for algorithm in EVERY:
+        args = algorithm.Args(dataset="x")
+        assert args.key == replace(args, dataset="y", scores=(0.0, 1.0), eval_episodes=5).key
+        assert (
+            args.key
+            != replace(
+                args, eval_every=args.eval_every, **{"tau": 0.5} if hasattr(args, "tau") else {"learning_rate": 0.5}
+            ).key
+        )
+
+
+def test_runs_are_prolonged_where_nothing_is_annealed(lucky: Lucky, tmp_path: Path) -> None:
+    lucky(200)
+    (folder,) = bc.train(arguments(bc, tmp_path)).logs.folders
+    args = cli.parse(["--resume", str(folder), "--total-timesteps", "80"], bc.Args, bc.defaults)
+    assert bc.train(args).iteration * args.log_every == 80  # type: ignore
+    (folder,) = iql.train(arguments(iql, tmp_path)).logs.folders
+    with pytest.raises(ValueError, match=r"--total-timesteps 80: the run in .* has 60, which its schedules follow"):
+        cli.parse(["--resume", str(folder), "--total-timesteps", "80"], iql.Args, iql.defaults)
+
+
+def test_data_are_held_against_the_environment(lucky: Lucky, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is made, also where --env is not given: and whether there is room for them."""
+    data = lucky(200)
+    wide = replace(data, action_space=gym.spaces.Box(-3, 3, (1,)))
+    monkeypatch.setattr("rl_lab.offline_training.load", lambda *_: wide)
+    with pytest.raises(ValueError, match=r"--env Pendulum-v1 has actions Box\(-2.0, 2.0.*lucky has Box\(-3.0, 3.0"):
+        bc.train(arguments(bc, tmp_path))
+    monkeypatch.setattr("rl_lab.offline_training.load", lambda *_: data)
+    monkeypatch.setattr("rl_lab.offline_training.free_memory", lambda _: 1000)
+    with pytest.raises(ValueError, match=r"--dataset lucky must be one for which there is room: it takes 0\.0 GB"):
+        bc.train(arguments(bc, tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
 def test_ten_percent_bc_takes_the_best_episodes(lucky: Lucky, tmp_path: Path) -> None:
     """All of the data has the mean action 0; of the best tenth every action is within 0.2 of 1."""
     lucky()
@@ -312,6 +363,8 @@ def test_flags_come_in_any_company(algorithm: ModuleType, tmp_path: Path) -> Non
         (bc, {"until_return": 5.0, "eval_every": 10}, "--until-return 5.0 must be left out: to end by what is played"),
         (bc, {"fraction": 0.0}, "--fraction 0.0 must be above 0 and at most 1"),
         (bc, {"fraction": 1.5}, "--fraction 1.5 must be above 0 and at most 1"),
+        (bc, {"gamma": 0.9}, "--gamma 0.9 must be left out: nothing is discounted"),
+        (cql, {"target_action_gap": 5.0}, "--target-action-gap 5.0 must be left out without --lagrange"),
         (iql, {"expectile": 1.0}, "--expectile 1.0 must be between 0 and 1"),
         (iql, {"beta": -1.0}, "--beta -1.0 must be finite and 0 or more"),
         (awac, {"awac_lambda": 0.0}, "--awac-lambda 0.0 must be finite and above 0"),

@@ -288,6 +288,7 @@ def collect(args: Args) -> str:
             jpeg_encoding=False,
         )
         storage.update_metadata({"minari_version": minari.__version__, **metadata(args.dataset, steps, about, scores)})
+        _require_room(folder, env, steps)
         number, returns = _record(storage, minari.data_collector.EpisodeBuffer, recorded, steps)
         env.close()
     line = f"{args.dataset}: {steps:,} steps, {number:,} episodes, of which {number - len(returns)} cut"
@@ -297,6 +298,16 @@ def collect(args: Args) -> str:
         if scores is not None:
             line += f", normalized {normalized(float(returns.mean()), scores):.1f}"
     return line
+
+
+def _require_room(folder: Path, env: VectorEnv, steps: int) -> None:
+    """Raise a ValueError unless the folder's disk has room for so many steps: HDF5 breaks down where it has not."""
+    step = sum(np.asarray(space.sample()).nbytes for space in (env.observation_space, env.action_space)) + 10
+    need, room = steps * step, shutil.disk_usage(folder).free  # 10 for the reward and the two ends
+    if need > room:
+        raise ValueError(
+            f"{steps:,} steps take {need / 1e9:.1f} GB, {room / 1e9:.1f} GB are free: set MINARI_DATASETS_PATH"
+        )
 
 
 def metadata(dataset: str, steps: int, about: dict[str, Any], scores: tuple[float, float] | None) -> dict[str, Any]:
@@ -327,15 +338,22 @@ def _record(storage: Any, buffer: Any, recorded: Episodes, steps: int) -> tuple[
             returns += [float(episode["rewards"].sum())] if whole else []
             held += len(episode["rewards"])
             if held >= WRITE_STEPS:
-                storage.update_episodes(waiting)
+                _write(storage, waiting)
                 done, held, waiting = done + held, 0, []
                 sps = done / (time.monotonic() - started)
                 progress.update(done, sps, [float(np.mean(returns[-100:] or math.nan))])
         if waiting:
-            storage.update_episodes(waiting)
+            _write(storage, waiting)
     finally:
         progress.close()
     return number, np.array(returns)
+
+
+def _write(storage: Any, episodes: list[Any]) -> None:
+    try:
+        storage.update_episodes(episodes)
+    except RuntimeError as error:  # HDF5's, of a full disk
+        raise OSError(f"the data set cannot be written: {error}") from error
 
 
 def dataset_path(dataset_id: str) -> Path:
@@ -356,16 +374,14 @@ def dataset_path(dataset_id: str) -> Path:
 def replacing(path: Path, overwrite: bool) -> Iterator[Path]:
     """An empty folder that becomes `path` if the block ends well, and is removed if not.
 
-    Hidden beside it until then: Minari lists no such folder. What a killed process left there is removed.
+    Hidden beside it until then: Minari lists no such folder. What a killed process left there is removed, or put back
+    if it is what was there before.
 
     Raises:
         ValueError: if `path` exists and may not be overwritten, cannot be written, or another process is at it.
     """
-    if path.exists() and not (path / "data").is_dir():
-        raise ValueError(f"{path} is there but holds no data set: choose another --dataset")
-    if path.exists() and not overwrite:
-        raise ValueError(f"{path} exists: choose another --dataset, or --overwrite")
     temporary = path.with_name(f".{path.name}.tmp")
+    new, old = temporary / "new", temporary / "old"
     try:
         temporary.mkdir(parents=True, exist_ok=True)
         lock = os.open(temporary, os.O_RDONLY)
@@ -377,16 +393,28 @@ def replacing(path: Path, overwrite: bool) -> Iterator[Path]:
         os.close(lock)
         raise ValueError(f"another process is recording {path}: wait for it, or choose another --dataset") from None
     try:
+        _put_back(old, path)
+        if path.exists() and not (path / "data").is_dir():
+            raise ValueError(f"{path} is there but holds no data set: choose another --dataset")
+        if path.exists() and not overwrite:
+            raise ValueError(f"{path} exists: choose another --dataset, or --overwrite")
         for left in temporary.iterdir():
             shutil.rmtree(left)
-        (temporary / "new").mkdir()
-        yield temporary / "new"
+        new.mkdir()
+        yield new
         if path.exists():
-            path.rename(temporary / "old")
-        (temporary / "new").rename(path)
+            path.rename(old)
+        new.rename(path)
     finally:
+        _put_back(old, path)
         shutil.rmtree(temporary)
         os.close(lock)
+
+
+def _put_back(old: Path, path: Path) -> None:
+    """What was moved away for something new that did not come."""
+    if old.exists() and not path.exists():
+        old.rename(path)
 
 
 def _unwritable(error: OSError) -> ValueError:

@@ -30,6 +30,16 @@ train() {  # the run that ends at the medium level; its folder is $run
     elif [[ ! -f $run/model.safetensors ]]; then
         "$python" -m rl_lab.sac --resume "$run"
     fi
+    "$python" - "$run" << 'END'
+import sys
+from pathlib import Path
+
+from rl_lab import checkpoint
+
+run = Path(sys.argv[1])
+if not checkpoint.load(run)["run"]["reached"]:
+    sys.exit(f"{run} ended below the medium level: remove it, and train another seed or for longer")
+END
 }
 
 keep_actor() {  # of a finished run what acts, small enough for git

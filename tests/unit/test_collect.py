@@ -441,6 +441,52 @@ def test_a_data_set_is_replaced_only_when_asked(root: Path) -> None:
         collect(replace(RANDOM, dataset="lab/pendulum-v0", overwrite=True))
 
 
+def test_environments_of_this_package_are_known_again(root: Path) -> None:
+    """Which Gymnasium has no entry of."""
+    collect(Args(dataset="lab/recall/random-v0", env="Recall-v0", random=True, steps=20, num_envs=2))
+    assert offline.load("lab/recall/random-v0").env_id == "Recall-v0"
+
+
+def test_what_is_replaced_is_put_back(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the process is interrupted, or killed, after it moved the old one away."""
+    collect(RANDOM)
+    rename = Path.rename
+
+    def stop(self: Path, target: Path) -> Path:
+        if self.name == "new":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", stop)
+        with pytest.raises(KeyboardInterrupt):
+            collect(replace(RANDOM, steps=400, overwrite=True))
+    assert recorded(ID).total_steps == 800 and files(root) == WHOLE
+    temporary = root / "lab/pendulum/.random-v0.tmp"
+    temporary.mkdir()
+    (root / ID).rename(temporary / "old")
+    with pytest.raises(ValueError, match=r"random-v0 exists"):
+        collect(replace(RANDOM, steps=400))
+    assert recorded(ID).total_steps == 800 and files(root) == WHOLE
+
+
+def test_a_full_disk_is_told(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = shutil.disk_usage(root.parent)._replace(free=10_000)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: full)
+        with pytest.raises(ValueError, match=r"800 steps take 0\.0 GB, 0\.0 GB are free: set MINARI_DATASETS_PATH"):
+            collect(RANDOM)
+
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("Can't write data (no space left on device)")
+
+    storage = pytest.importorskip("minari.dataset._storages.hdf5_storage").HDF5Storage
+    monkeypatch.setattr(storage, "update_episodes", refuse)
+    with pytest.raises(OSError, match="the data set cannot be written: Can't write data"):
+        collect(RANDOM)
+    assert files(root) == []
+
+
 def interrupted(*_: Any) -> Iterator[tuple[dict[str, Any], bool]]:
     """Episodes until somebody stops the process."""
     for index, episode in enumerate(episodes(*_)):
@@ -546,7 +592,7 @@ def test_faults_end_in_one_line(root: Path, capsys: pytest.CaptureFixture[str]) 
 def test_the_recipe_makes_what_is_not_there(root: Path, tmp_path: Path) -> None:
     """All but the training, which has ended; the expert's set is there, and random actions stand for the expert."""
     args = sac.Args(env="Hopper-v4", total_timesteps=200, learning_starts=190, log_every=100, batch_size=8)
-    args = replace(args, compile=False, runs_dir=tmp_path / "runs/offline")
+    args = replace(args, compile=False, runs_dir=tmp_path / "runs/offline", eval_every=200, until_return=-100.0)
     (run,) = sac.train(args).logs.folders
     script = shutil.copy(ROOT / "runs/make_offline_data.sh", tmp_path / "runs")
     collect(Args(dataset="lab/hopper/expert-v0", env="Hopper-v4", random=True, steps=30))
@@ -576,3 +622,6 @@ def test_the_recipe_makes_what_is_not_there(root: Path, tmp_path: Path) -> None:
     assert "there is no nowhere/tqc/Walker2d-v3_1/Walker2d-v3.zip" in skipped.stdout
     assert "skipped: it takes the medium and the expert set" in skipped.stdout and skipped.returncode == 0
     assert called("ant").returncode == called("hopper", SETS="expart").returncode == 2
+    sac.train(replace(args, env="Walker2d-v4", until_return=1e6))
+    below = called("walker2d", SETS="medium")
+    assert below.returncode == 1 and "ended below the medium level" in below.stderr

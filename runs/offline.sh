@@ -14,6 +14,7 @@ done
 (($# == 0)) || sets=("$@")
 python=${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo python3)}
 
+failed=()
 finished() { for folder; do [[ -f $folder/model.safetensors ]] || return; done; }
 
 for name in "${sets[@]}"; do
@@ -31,13 +32,17 @@ for name in "${sets[@]}"; do
         [[ $algo == cql ]] && steps=40000 seeds=3
         folder=runs/$algo/$name
         mapfile -t folders < <(compgen -G "$folder/*__${algo}__*" || true)
-        if ((${#folders[@]} == 0)); then
-            "$python" -m "rl_lab.$algo" --dataset "lab/$task/$set-v0" --total-timesteps "${STEPS:-$steps}" \
-                --num-seeds "${SEEDS:-$seeds}" --eval-every 10000 --checkpoint-every 10000 --runs-dir "$folder"
+        training=(--dataset "lab/$task/$set-v0" --total-timesteps "${STEPS:-$steps}" --num-seeds "${SEEDS:-$seeds}"
+            --eval-every 10000 --checkpoint-every 10000 --runs-dir "$folder")
+        ((${#folders[@]} == 0)) || training=(--resume "${folders[0]}")
+        # One that diverges does so again when resumed; the others go on.
+        if ((${#folders[@]} > 0)) && finished "${folders[@]}" || "$python" -m "rl_lab.$algo" "${training[@]}"; then
             mapfile -t folders < <(compgen -G "$folder/*__${algo}__*")
-        elif ! finished "${folders[@]}"; then
-            "$python" -m "rl_lab.$algo" --resume "${folders[0]}"
+            "$python" -m rl_lab.curves.offline "${folders[@]}"
+        else
+            (($? < 128)) || exit 130  # stopped by a signal
+            failed+=("$algo on $name")
         fi
-        "$python" -m rl_lab.curves.offline "${folders[@]}"
     done
 done
+((${#failed[@]} == 0)) || { printf 'failed: %s\n' "${failed[@]}" >&2; exit 1; }

@@ -16,7 +16,9 @@ margins.toml, as everywhere in the harness.
 from __future__ import annotations
 
 import csv
+import re
 import sys
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,20 +28,22 @@ import numpy as np
 import tyro
 from matplotlib.figure import Figure
 
-from rl_lab.curves import plot, statistics, store
-from rl_lab.curves.compare import Equivalence, declared_margin, equivalence, in_units
+from rl_lab.curves import plot, store
+from rl_lab.curves.compare import MARGINS, Equivalence, equivalence, in_units
 from rl_lab.curves.statistics import Floats
+from rl_lab.curves.store import Run
 from rl_lab.curves.summary import RESULTS, insert, interval, keep
 
 NAMES = {"bc": "BC", "td3_bc": "TD3+BC", "iql": "IQL", "cql": "CQL", "awac": "AWAC"}
 FOLDER = RESULTS / "offline"
+EPISODES = 100  # of the last parameters, which make a run's score
 READING = """
 
 IQM of D4RL's normalized scores over seeds, with its 95 % interval: the last parameters, 100 episodes of likeliest
 actions; seeds × gradient steps. The verdict and P, the chance that a run is above one of BC, are against BC on the same
-data ([how](docs/offline.md)). In brackets what CORL reports after a million gradient steps on D4RL's set of this name,
-which is other data. `runs/offline.sh` makes the rows again; [runs/results/offline](runs/results/offline) has every
-episode."""
+data ([how](docs/offline.md)). In brackets what CORL reports after a million gradient steps on D4RL's set of this name:
+other data, unless the row is D4RL's file itself (…-v2), which says whether it is within our interval.
+`runs/offline.sh` makes the rows again; [runs/results/offline](runs/results/offline) has every episode."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +55,35 @@ class Cell:
     test: Equivalence | None
 
 
-def last_scores(path: Path, note: dict[str, Any]) -> Floats:
-    """(R,) the normalized score of each seed's last 100 episodes."""
-    returns = np.array([statistics.final_score(run.returns) for run in store.load(path)])
+def last_scores(runs: list[Run], note: dict[str, Any]) -> Floats:
+    """(R,) the normalized score of each run's evaluation after its last gradient step.
+
+    Raises:
+        ValueError: if one has not ended, or was judged by another number of episodes.
+    """
+    last = [run.returns[run.steps == note["total_timesteps"]] for run in runs]
+    for run, returns in zip(runs, last, strict=True):
+        if len(returns) != EPISODES:
+            told = f"{len(returns)} episodes after step {note['total_timesteps']:,}, its last"
+            raise ValueError(f"{run.path} (seed {run.seed}) has {told}; the table takes {EPISODES}")
     random, expert = map(float, note["data"]["scores"])
-    return 100 * (returns - random) / (expert - random)
+    return 100 * (np.array([returns.mean() for returns in last]) - random) / (expert - random)
+
+
+def margin(note: dict[str, Any], scores: Floats) -> float:
+    """The margin that is declared for the score of a result's task, in points of the normalized score.
+
+    Args:
+        scores: (R,) of the reference, of which "20%" is a share.
+    Raises:
+        ValueError: if none is declared for any version of the task.
+    """
+    declared, env = tomllib.loads(MARGINS.read_text(encoding="utf-8")), note["env"]
+    known = [env] if env in declared else store.other_versions(env, declared)
+    if not known:
+        raise ValueError(f"no margin is declared for {env}: add it to {MARGINS}")
+    size, (random, expert) = declared[known[-1]]["score"], map(float, note["data"]["scores"])
+    return in_units(size, scores) / (1 if str(size).endswith("%") else (expert - random) / 100)
 
 
 def judge_all(folder: Path) -> dict[str, dict[str, Cell]]:
@@ -64,13 +92,13 @@ def judge_all(folder: Path) -> dict[str, dict[str, Cell]]:
     for data in sorted(path for path in folder.iterdir() if path.is_dir()):
         kept = {path: store.provenance(path) for path in sorted(data.glob("*__*.csv.gz"))}
         notes = {note["algo"]: note for note in kept.values()}
-        scores = {note["algo"]: last_scores(path, note) for path, note in kept.items()}
+        scores = {note["algo"]: last_scores(store.load(path), note) for path, note in kept.items()}
         found[data.name] = {}
         for algo in (algo for algo in NAMES if algo in scores):
             test = None
             if algo != "bc" and "bc" in scores:
-                margin = in_units(declared_margin(notes[algo]["env"], None)[0], scores["bc"])
-                test = equivalence("normalized score", scores[algo], scores["bc"], margin, np.random.default_rng(0))
+                size = margin(notes[algo], scores["bc"])
+                test = equivalence("normalized score", scores[algo], scores["bc"], size, np.random.default_rng(0))
             found[data.name][algo] = Cell(scores[algo], notes[algo]["total_timesteps"], test)
     return found
 
@@ -88,10 +116,13 @@ def table(results: dict[str, dict[str, Cell]]) -> str:
     rows = [["data set", *(NAMES[algo] for algo in shown)], ["---", *["---:"] * len(shown)]]
     for data, row in results.items():
         cells = [data]
-        task = data.removeprefix("lab-").rpartition("-v")[0]
+        namesake = re.sub(r"^.*?((?:halfcheetah|hopper|walker2d)-.+)-v\d+$", r"\1-v2", data)  # of D4RL's
         for algo in shown:
-            known = theirs.get((algo, f"{task}-v2"))
-            bracket = f" ({float(known):.1f})" if known else ""
+            known, told = theirs.get((algo, namesake)), ""
+            if known and algo in row and data == namesake:
+                _, low, high = map(float, interval(row[algo].scores))
+                told = ", within" if low <= float(known) <= high else ", outside"
+            bracket = f" ({float(known):.1f}{told})" if known else ""
             cells.append((_cell(row[algo]) if algo in row else "–") + bracket)
         rows.append(cells)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows) + READING
@@ -132,6 +163,25 @@ def draw(results: dict[str, dict[str, Cell]]) -> Figure:
         return figure
 
 
+def place(runs: list[Run]) -> Path:
+    """Where results of runs go. ValueError unless these can stand in the table, beside what is kept of their data."""
+    first, config, data = runs[0].path, runs[0].config, runs[0].config.get("data")
+    if data is None:
+        raise ValueError(f"{first} has not learned from a data set; rl_lab.curves.summary keeps others")
+    if runs[0].algo not in NAMES:
+        raise ValueError(f"{first} is of {runs[0].algo}; the table has {', '.join(NAMES)}")
+    if config["args"].get("fraction", 1.0) != 1.0:
+        raise ValueError(f"{first} learned from a part of the data (--fraction); the table's BC learns from all")
+    if data["scores"] is None:
+        raise ValueError(f"{first} has no reference scores: train with --scores RANDOM EXPERT")
+    margin(config, last_scores(runs, config))
+    folder = FOLDER / store.set_name(str(data["name"]))
+    for kept in folder.glob("*__*.csv.gz"):
+        if store.provenance(kept)["data"]["checksum"] != data["checksum"]:
+            raise ValueError(f"{kept} is of other data of this name than {first}: remove it, or train on its data")
+    return folder
+
+
 def main(runs: tyro.conf.Positional[tuple[Path, ...]] = ()) -> None:
     """Keep the results of runs; make the table in README.md and the plot of all that are kept.
 
@@ -141,15 +191,7 @@ def main(runs: tyro.conf.Positional[tuple[Path, ...]] = ()) -> None:
     try:
         if runs:
             loaded = [run for path in runs for run in store.load(path)]
-            algo, data = loaded[0].algo, loaded[0].config.get("data")
-            if data is None:
-                raise ValueError(f"{runs[0]} has not learned from a data set; rl_lab.curves.summary keeps others")
-            if algo not in NAMES:
-                raise ValueError(f"{runs[0]} is of {algo}; the table has {', '.join(NAMES)}")
-            if data["scores"] is None:
-                raise ValueError(f"{runs[0]} has no reference scores: train with --scores RANDOM EXPERT")
-            name = str(data["name"]).strip("./~").removesuffix(".hdf5").replace("/", "-")
-            print(keep(loaded, FOLDER / name))
+            print(keep(loaded, place(loaded)))
         if not FOLDER.is_dir():
             raise ValueError(f"{FOLDER} keeps no results: name run folders")
         results = judge_all(FOLDER)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,17 +17,19 @@ SCORES = [-20.0, 3234.0]  # of a random policy and an expert
 SPAN = SCORES[1] - SCORES[0]
 
 
-def keep(folder: Path, algo: str, scores: list[float], name: str = "lab-hopper-medium-v0") -> None:
+def keep(
+    folder: Path, algo: str, scores: list[float], name: str = "lab-hopper-medium-v0", env: str = "Hopper-v4"
+) -> None:
     """Results as they are kept: an early evaluation of 10 episodes, and the last of 100 around each seed's score."""
     spread = np.random.default_rng(0).normal(0, 5, 100)
     lines = ["seed,global_step,episodic_return"]
     for seed, score in enumerate(scores):
         returns = SCORES[0] + SPAN * (score + spread - spread.mean()) / 100
         lines += [f"{seed},10000,0.0"] * 10 + [f"{seed},50000,{x!r}" for x in returns.tolist()]
-    note = {"algo": algo, "env": "Hopper-v4", "total_timesteps": 50000, "data": {"scores": SCORES}}
+    note = {"algo": algo, "env": env, "total_timesteps": 50000, "data": {"scores": SCORES, "checksum": "a"}}
     (folder / name).mkdir(parents=True, exist_ok=True)
-    (folder / name / f"{algo}__Hopper-v4.csv.gz").write_bytes(gzip.compress("\n".join([*lines, ""]).encode()))
-    (folder / name / f"{algo}__Hopper-v4.json").write_text(json.dumps(note))
+    (folder / name / f"{algo}__{env}.csv.gz").write_bytes(gzip.compress("\n".join([*lines, ""]).encode()))
+    (folder / name / f"{algo}__{env}.json").write_text(json.dumps(note))
 
 
 def test_scores_and_verdicts(tmp_path: Path) -> None:
@@ -45,6 +48,55 @@ def test_scores_and_verdicts(tmp_path: Path) -> None:
     assert line.startswith("| lab-hopper-medium-v0 | 50.0 [")
     assert "5 × 50k (53.5) |" in line  # CORL's BC on hopper-medium-v2
     assert ": better, P 1.00 (67.5)" in line and ": worse, P 0.00 (59.1)" in line
+
+
+def test_margins_are_in_points_of_the_score(tmp_path: Path) -> None:
+    """A share is BC's; Pendulum's 50 of the return are 50 / 32.54 points. Of -v5 it is another version's."""
+    keep(tmp_path, "bc", [48.0, 50, 52], "lab-pendulum-v0", "Pendulum-v1")
+    keep(tmp_path, "iql", [51.0, 53, 55], "lab-pendulum-v0", "Pendulum-v1")
+    keep(tmp_path, "bc", [50.0], "lab-hopper-v0", "Hopper-v5")
+    keep(tmp_path, "iql", [80.0], "lab-hopper-v0", "Hopper-v5")
+    results = offline.judge_all(tmp_path)
+    tests = [results[name]["iql"].test for name in ("lab-pendulum-v0", "lab-hopper-v0")]
+    assert [test and test.margin for test in tests] == pytest.approx([50 / SPAN * 100, 10.0])
+
+
+def test_d4rls_own_file_is_held_against_corl(tmp_path: Path) -> None:
+    keep(tmp_path, "bc", [52.0, 53.0, 54.0], "hopper-medium-v2")
+    keep(tmp_path, "iql", [20.0, 20.1, 20.2], "hopper-medium-v2")
+    (line,) = offline.table(offline.judge_all(tmp_path)).splitlines()[2:3]
+    assert "(53.5, within)" in line and "(67.5, outside)" in line
+
+
+def run_folder(folder: Path, data: str, episodes: int, steps: int = 50000, **args: Any) -> Path:
+    """A run of IQL whose last evaluation has so many episodes, after so many of 50,000 gradient steps."""
+    run = folder / "Hopper-v4__iql__1__1"
+    run.mkdir(exist_ok=True)
+    rows = ["global_step,episodic_return,episodic_length", *["10000,0,9"] * 90, *[f"{steps},3234,9"] * episodes, ""]
+    (run / "episodes.csv.gz").write_bytes(gzip.compress("\n".join(rows).encode()))
+    config = {"env": "Hopper-v4", "algo": "iql", "seed": 1, "seeds": [1], "total_timesteps": 50000, "semantics": ""}
+    config |= {"group": [run.name], "command": "", "args": {"runs_dir": "runs", **args}, "action_space": "Box"}
+    config |= {"data": {"name": "lab/hopper/medium-v0", "scores": SCORES, "checksum": data}}
+    (run / "config.json").write_text(json.dumps(config))
+    return run
+
+
+def test_what_cannot_stand_in_the_table_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    kept = Path("runs/results/offline")
+    for given, message in (
+        ({"episodes": 20}, r"\(seed 1\) has 20 episodes after step 50,000, its last; the table takes 100"),
+        ({"episodes": 100, "steps": 12000}, "has 0 episodes after step 50,000"),
+        ({"episodes": 100, "fraction": 0.1}, r"learned from a part of the data \(--fraction\)"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            offline.main((run_folder(tmp_path, "a", **given),))
+        assert not kept.exists()
+    keep(kept, "bc", [50.0])
+    with pytest.raises(SystemExit, match=r"bc__Hopper-v4.csv.gz is of other data of this name"):
+        offline.main((run_folder(tmp_path, "b", 100),))
+    offline.main((run_folder(tmp_path, "a", 100),))
+    assert offline.judge_all(kept)["lab-hopper-medium-v0"]["iql"].scores == pytest.approx([100.0])
 
 
 def test_sets_without_bc_or_a_published_figure_are_shown(tmp_path: Path) -> None:
@@ -67,7 +119,7 @@ def test_other_runs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     run.mkdir()
     rows = b"global_step,episodic_return,episodic_length\n10,1.0,1\n"
     (run / "episodes.csv.gz").write_bytes(gzip.compress(rows))
-    config = {"env": "CartPole-v1", "algo": "ppo", "seed": 1, "total_timesteps": 10}
+    config = {"env": "CartPole-v1", "algo": "ppo", "seed": 1, "total_timesteps": 10, "args": {}}
     unscored = {"name": "x", "scores": None}
     for more, message in (
         ({}, "has not learned from a data set"),

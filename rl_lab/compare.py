@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import tyro
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from rl_lab.curves import store
-from rl_lab.curves.compare import Result, compare, seeds_lines, version_lines
+from rl_lab.curves.compare import Result, compare, grouped, in_units, seeds_lines, version_lines, write_verdict
 from rl_lab.curves.report import write_report
 
 BAD_INPUT = 4
@@ -77,6 +78,11 @@ def list_references(console: Console) -> None:
     console.print(table)
 
 
+def refuse(message: str) -> None:
+    """Say on stderr what is wrong with the input."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"compare: {message}", markup=False)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     console = Console(width=None if Console().is_terminal else 160, highlight=False)
@@ -87,18 +93,26 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if not args.runs:
             raise ValueError("no run given: python -m rl_lab.compare RUN... or --list")
-        results = compare(args.runs, args.reference, args.margin)
-        for result in results:
-            print_result(result, console)
-        if args.report:
+        if args.margin is not None:
+            in_units(args.margin, np.ones(1))
+        results, refused = [], False
+        for runs in grouped(args.runs):
+            try:
+                results.append(compare(runs, args.reference, args.margin))
+                print_result(results[-1], console)
+                write_verdict(runs, results[-1])
+            except (ValueError, OSError) as error:  # which says nothing of the others
+                refused = True
+                refuse(f"{runs[0].algo} on {runs[0].env}: {error}")
+        if args.report and results:
             console.print(f"\nReport: {write_report(results, args.report)}")
     except (ValueError, OSError) as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"compare: {error}", markup=False)
+        refuse(str(error))
         return BAD_INPUT
     except SystemExit as stop:  # 2, argparse's code for a bad command line, means `underpowered` here
         return BAD_INPUT if stop.code else 0
     codes = {result.exit_code for result in results}
-    return next(code for code in SEVERITY if code in codes)
+    return BAD_INPUT if refused else next(code for code in SEVERITY if code in codes)
 
 
 if __name__ == "__main__":

@@ -213,24 +213,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if not args.runs or args.episodes < 1:
             raise ValueError("name one or more run folders, and at least 1 of --episodes")
+        if args.seed < 0:
+            raise ValueError(f"--seed {args.seed} must be 0 or more")
         if args.video:
             check_format(args.video, len(args.runs))
         torch.set_num_threads(1)  # fastest for small networks
         found: dict[tuple[str, str], list[list[float]]] = {}
-        for run in args.runs:
-            policy = load(run)
-            results = {mode: play(policy, args.episodes, mode == "deterministic", args.seed) for mode in modes}
-            about = {"env": policy.env_id, "source": policy.source, "episodes": args.episodes, "seed": args.seed}
-            checkpoint.replace_file(run / "evaluation.json", json.dumps(about | results, indent=2).encode())
-            for mode, result in results.items():
-                row = [result[name] for name in STATISTICS]
-                table.add_row(run.resolve().name, mode, *(f"{x:.1f}" for x in row))
-                found.setdefault((policy.env_id, mode), []).append(row)
-        for (env_id, mode), rows in found.items():
-            if len(rows) > 1:
-                means = [f"{sum(column) / len(rows):.1f}" for column in zip(*rows, strict=True)]
-                table.add_row(f"mean of {len(rows)} runs, {env_id}", mode, *means, style="bold")
-        console.print(table)
+        try:
+            for run in args.runs:
+                policy = load(run)
+                results = {mode: play(policy, args.episodes, mode == "deterministic", args.seed) for mode in modes}
+                about = {"env": policy.env_id, "source": policy.source, "episodes": args.episodes, "seed": args.seed}
+                for mode, result in results.items():
+                    row = [result[name] for name in STATISTICS]
+                    table.add_row(run.resolve().name, mode, *(f"{x:.1f}" for x in row))
+                    found.setdefault((policy.env_id, mode), []).append(row)
+                checkpoint.replace_file(run / "evaluation.json", json.dumps(about | results, indent=2).encode())
+        finally:  # what was played is shown, though a later run cannot be
+            for (env_id, mode), rows in found.items():
+                if len(rows) > 1:
+                    means = [f"{sum(column) / len(rows):.1f}" for column in zip(*rows, strict=True)]
+                    table.add_row(f"mean of {len(rows)} runs, {env_id}", mode, *means, style="bold")
+            if found:
+                console.print(table)
         if args.video:
             print(film(*shots(policy, args.seed), args.video))
     except (ValueError, OSError) as error:

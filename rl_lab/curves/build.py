@@ -14,6 +14,7 @@ import csv
 import dataclasses
 import gzip
 import json
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -111,8 +112,11 @@ def main(folders: tyro.conf.Positional[tuple[Path, ...]], tables: Path | None = 
         folders: run folders of CleanRL, or episode files with a runs.csv.
         tables: a table of CleanRL's documented results.
     """
-    for path in build(folders) + ([build_published(tables)] if tables else []):
-        print(f"{path.name}  {path.stat().st_size / 1024:.0f} KiB")
+    try:
+        for path in build(folders) + ([build_published(tables)] if tables else []):
+            print(f"{path.name}  {path.stat().st_size / 1024:.0f} KiB")
+    except (ValueError, OSError) as error:
+        sys.exit(f"build: {error}")
 
 
 if __name__ == "__main__":

@@ -186,12 +186,19 @@ def judge(ours: Sequence[Run], reference: Reference, margin: str | None = None, 
     first, whole = ours[0], common_budget([*ours, *reference.runs])
     budget = reached(ours, whole)
     require_finished([*ours, *reference.runs] if budget == whole else reference.runs, whole)
-    ours, theirs = ([cut(run, budget) for run in runs] for runs in (ours, reference.runs))
+    # In the order of seeds, as the bootstrap draws by place.
+    ours, theirs = (
+        [cut(run, budget) for run in sorted(runs, key=lambda run: run.seed)] for runs in (ours, reference.runs)
+    )
     sides = {"ours": ours, "reference": theirs}
     for runs in sides.values():
         distinct_seeds(runs)
     scores, curves = {}, {}
     for side, runs in sides.items():
+        for run in runs:
+            if len(run.returns) < statistics.EPISODES:
+                told = f"{len(run.returns)} episodes up to step {budget:,}"
+                raise ValueError(f"{run.path} seed {run.seed} has {told}; a score takes {statistics.EPISODES}")
         if runs:
             scores[side] = np.array([statistics.final_score(run.returns) for run in runs])
             curves[side] = np.stack([statistics.on_grid(run.steps, run.returns, budget) for run in runs])
@@ -207,7 +214,7 @@ def judge(ours: Sequence[Run], reference: Reference, margin: str | None = None, 
         scores=scores,
         areas={side: statistics.normalised_area(curve) for side, curve in curves.items()},
         curves=curves,
-        notes=_notes(ours, theirs) + _published(first.script, first.env, scores["ours"], budget, whole),
+        notes=_notes(ours, reference) + _published(first.script, first.env, scores["ours"], budget),
         provenance=reference.provenance,
         versions={"ours": first.config.get("versions", {}), "reference": reference.provenance.get("versions", {})},
     )
@@ -294,20 +301,25 @@ def find_reference(where: str, script: str, env: str) -> Reference:
     return Reference(f"{where}: {runs[0].script} on {env}" if runs else where, runs, provenance=origin)
 
 
-def compare(paths: Sequence[Path], reference: str = "cleanrl", margin: str | None = None) -> list[Result]:
-    """Judge every (environment, algorithm) found at `paths` and write verdict.json into the run folders of ours."""
+def grouped(paths: Sequence[Path]) -> list[list[Run]]:
+    """All runs found at `paths`, those of an environment and algorithm together."""
     groups: dict[tuple[str, str], list[Run]] = defaultdict(list)
     for path in paths:
         for run in store.load(path):
             groups[run.env, run.algo].append(run)
-    results = []
-    for (env, _), runs in sorted(groups.items()):
-        result = judge(runs, find_reference(reference, runs[0].script, env), margin)
-        for run in runs:
-            if run.config:
-                (run.path / "verdict.json").write_text(result.to_json())
-        results.append(result)
-    return results
+    return [runs for _, runs in sorted(groups.items())]
+
+
+def compare(runs: Sequence[Run], reference: str = "cleanrl", margin: str | None = None) -> Result:
+    """Judge runs of one environment and algorithm, as `judge`, against what `find_reference` finds."""
+    return judge(runs, find_reference(reference, runs[0].script, runs[0].env), margin)
+
+
+def write_verdict(runs: Sequence[Run], result: Result) -> None:
+    """Write verdict.json into the run folders of ours."""
+    for run in runs:
+        if run.config:
+            (run.path / "verdict.json").write_text(result.to_json())
 
 
 def seeds_lines(result: Result) -> list[str]:
@@ -341,14 +353,15 @@ def _refuse_other_version(env: str, known: list[str]) -> None:
         )
 
 
-def _notes(ours: Sequence[Run], theirs: Sequence[Run]) -> list[str]:
+def _notes(ours: Sequence[Run], reference: Reference) -> list[str]:
     """What a reader has to know about the inputs."""
     notes = []
-    same = [run.seed for run in ours if any(_equal(run, other) for other in theirs)]
+    same = [run.seed for run in ours if any(_equal(run, other) for other in reference.runs)]
     if same:
         notes.append(f"no independent evidence: our seeds {same} are the reference's own runs, episode by episode")
-    if any(run.config.get("semantics") == "correct" for run in ours):
-        notes.append("ours ran with --semantics correct, while the reference takes truncation for termination")
+    theirs = {run.config.get("semantics") for run in reference.runs} | {reference.provenance.get("semantics")}
+    if "correct" not in theirs and any(run.config.get("semantics") == "correct" for run in ours):
+        notes.append("ours ran with --semantics correct, while CleanRL takes truncation for termination")
     settings: dict[str, set[str]] = defaultdict(set)
     for run in ours:
         for name, value in run.config.get("args", {}).items():
@@ -363,7 +376,7 @@ def _equal(run: Run, other: Run) -> bool:
     return np.array_equal(run.steps, other.steps) and np.array_equal(run.returns, other.returns)
 
 
-def _published(script: str, env: str, scores: Floats, budget: int, whole: int) -> list[str]:
+def _published(script: str, env: str, scores: Floats, budget: int) -> list[str]:
     """Our final score beside CleanRL's documented one, in its convention: mean and ddof-0 deviation over seeds."""
     notes = []
     for row in store.published(script, env):
@@ -373,7 +386,7 @@ def _published(script: str, env: str, scores: Floats, budget: int, whole: int) -
         notes.append(
             f"published, informs only: {mean:.1f} ± {deviation:.1f} ({kind}, {row['seeds']} seeds, {steps} steps, "
             f"{source}); ours {scores.mean():.1f} ± {scores.std():.1f} ({len(scores)} seeds, {budget} steps)"
-            + (f", difference {scores.mean() - mean:+.1f}" if budget == whole else "")
+            + (f", difference {scores.mean() - mean:+.1f}" if steps in (str(budget), "unknown") else "")
         )
     return notes
 
@@ -396,7 +409,10 @@ def _read_curve(path: Path, script: str, env: str) -> Floats | None:
         row for row in table if row["algo"] == script.split("_")[0]
     ]
     _refuse_other_version(env, [row["env_id"] for row in rows])
-    points = [(float(row["global_step"]), float(row[column])) for row in rows if row["env_id"] == env]
+    try:
+        points = [(float(row["global_step"]), float(row[column])) for row in rows if row["env_id"] == env]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error} in global_step or {column}") from None
     return np.array(sorted(points)) if points else None
 
 

@@ -116,12 +116,14 @@ def table(results: Sequence[Result], algo: str) -> str:
             source = f"rl_lab/curves/reference/{result.script}__{result.env}.json"
             measured = f"[{_interval(result.scores['reference'])}]({source})"
             score, area = map(_verdict, result.tests)
+        whole = result.whole
         for row in store.published(result.script, result.env):
+            whole = max(whole, int(row["total_timesteps"] or 0))
             document, _, line = row["source"].partition(":")
             source = f"https://github.com/vwxyzjn/cleanrl/blob/{row['commit']}/{document}?plain=1#L{line}"
             published = f"[{_number(float(row['mean']))} ± {_number(float(row['std']))}]({source})"
         mean = f"{_number(ours.mean())} ± {_number(ours.std())}" if len(ours) > 1 else _number(ours.mean())
-        stopped = f" at {result.budget:,} of {result.whole:,} steps" if result.budget < result.whole else ""
+        stopped = f" at {result.budget:,} of {whole:,} steps" if result.budget < whole else ""
         rows.append([result.env + stopped, seeds, _interval(ours), mean, measured, published, score, area])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + READING.format(algo=algo)
 
@@ -170,8 +172,10 @@ def _panel(axes: Axes, result: Result) -> None:
         axes.plot(steps, curves.T, color=colour, alpha=0.25, linewidth=0.5)
         axes.fill_between(steps, low, high, color=colour, alpha=0.22, linewidth=0)
         axes.plot(steps, iqm, color=colour, linewidth=1.8, label=label)
-    if not result.tests and result.budget == result.whole:
+    if not result.tests:
         for row in store.published(result.script, result.env):
+            if int(row["total_timesteps"] or result.whole) != result.budget:
+                continue
             mean, std, label = float(row["mean"]), float(row["std"]), "CleanRL, published: mean ± std"
             axes.errorbar(result.budget, mean, std, fmt="D", color=plot.COLOURS["reference"], markersize=5, capsize=3,
                           label=label, clip_on=False, zorder=5)  # fmt: skip

@@ -208,7 +208,58 @@ def test_refuses_what_is_no_sample(tmp_path: Path, reference: str, capsys: pytes
         assert main([str(first), "--reference", reference, *bad]) == 4
     assert main([]) == 4
     assert main([str(tmp_path / "absent")]) == 4
+    (tmp_path / "picture__of__1.csv").write_bytes(b"\x89PNG\xff")
+    assert main([str(tmp_path / "picture__of__1.csv")]) == 4
+    assert "picture__of__1.csv is no text" in capsys.readouterr().err
+    assert main([str(run_folder(tmp_path / "d", 4, total_timesteps="many"))]) == 4
+    assert "seed and total_timesteps must be whole numbers" in capsys.readouterr().err
+    (tmp_path / "mean.csv").write_text("algo,env_id,global_step,episodic_return\nppo,CartPole-v1,10,\n")
+    assert main([str(first), "--reference", str(tmp_path / "mean.csv")]) == 4
+    assert "mean.csv: could not convert string to float" in capsys.readouterr().err
+    assert main([str(run_folder(tmp_path, 5, env="Chess-v0")), "--margin", "wide"]) == 4
     assert main([str(run_folder(tmp_path, 3, env="Chess-v0")), "--reference", reference]) == 3
+
+
+def test_the_order_of_runs_does_not_matter(tmp_path: Path, reference: str) -> None:
+    """The bootstrap draws by place."""
+    ours = [run for folder in runs(tmp_path, 485, 6) for run in store.load(Path(folder))]
+    found = find_reference(reference, "ppo", "CartPole-v1")
+    results = [judge(given, found) for given in (ours, ours[::-1], ours[3:] + ours[:3])]
+    assert len({result.to_json() for result in results}) == 1
+
+
+def test_what_is_refused_says_nothing_of_the_others(
+    tmp_path: Path, reference: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, short = runs(tmp_path, 480), run_folder(tmp_path, 1, env="Acrobot-v1")
+    steps, returns = episodes(-80, 1)
+    (short / "episodes.csv.gz").write_bytes(gzip.compress(csv_bytes(steps[-50:], returns[-50:])))
+    assert main([str(short), *good, "--reference", reference]) == 4
+    shown = capsys.readouterr()
+    assert "Verdict: match" in shown.out
+    assert re.search(r"ppo on Acrobot-v1: \S+Acrobot-v1__ppo__1\S+ seed 1 has 50 episodes", shown.err)
+
+
+def test_a_published_figure_of_another_budget_has_no_difference(tmp_path: Path) -> None:
+    """CleanRL's of SAC is of a million steps."""
+    for steps in (300_000, 1_000_000):
+        run = run_folder(tmp_path, steps, env="Hopper-v4", algo="sac", action_space="Box", total_timesteps=steps)
+        times, returns = episodes(2000, 1)
+        (run / "episodes.csv.gz").write_bytes(gzip.compress(csv_bytes(times * steps / BUDGET, returns)))
+        result = judge(store.load(run), find_reference("cleanrl", "sac_continuous_action", "Hopper-v4"))
+        (note,) = (note for note in result.notes if note.startswith("published"))
+        assert ("difference" in note) == (steps == 1_000_000)
+
+
+def test_scripts_of_cleanrl(tmp_path: Path) -> None:
+    for algo, env, space, script in (
+        ("ppo_lstm", "BreakoutNoFrameskip-v4", "Discrete", "ppo_atari_lstm"),
+        ("dqn", "BreakoutNoFrameskip-v4", "Discrete", "dqn_atari"),
+        ("sac", "Hopper-v4", "Box", "sac_continuous_action"),
+        ("dqn", "CartPole-v1", "Discrete", "dqn"),
+    ):
+        (run,) = store.load(run_folder(tmp_path / script, 1, env=env, algo=algo, action_space=space))
+        assert run.script == script
 
 
 def test_an_undeclared_margin_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -236,6 +287,10 @@ def test_notes_tell_what_a_reader_must_know(tmp_path: Path, reference: str, caps
     assert "our seeds [101] are the reference's own runs" in output
     assert "ours ran with --semantics correct" in output
     assert "our runs differ among themselves in learning_rate" in output
+    other = [str(run_folder(tmp_path / "other", seed, semantics="correct")) for seed in (201, 202)]
+    assert len(other) == 2
+    main([*ours, "--reference", str(tmp_path / "other")])
+    assert "semantics" not in capsys.readouterr().out  # where both ran so
 
 
 def test_differing_versions_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from rl_lab.algorithms import dqn, ppo
 from rl_lab.algorithms.ppo import Args
 from rl_lab.compiler import Compiled
-from rl_lab.curves.compare import compare
+from rl_lab.curves.compare import compare, grouped
 from rl_lab.networks import Params
 from rl_lab.replay import Batch
 from rl_lab.rollout import Rollout
@@ -47,7 +47,8 @@ def verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Verdict:
             inject(monkeypatch)
         flags |= {"semantics": "cleanrl"} if algorithm is ppo else {}
         algorithm.train(replace(algorithm.defaults(env), num_seeds=num_seeds, runs_dir=tmp_path, **flags))
-        (result,) = compare([tmp_path])
+        (runs,) = grouped([tmp_path])
+        result = compare(runs)
         for test in result.tests:
             print(f"{env} {names} {flags} {test.statistic}: {test.difference:+.1f} [{test.low:+.1f}, {test.high:+.1f}]")
         return result.verdict

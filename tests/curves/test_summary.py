@@ -19,14 +19,20 @@ HOPPER = ("Hopper-v4", 1_000_000, "Box", (1000.0, 2000.0, 3000.0))
 
 
 def train(
-    root: Path, env: str, budget: int, space: str, returns: tuple[float, ...], end: int | None = None
+    root: Path,
+    env: str,
+    budget: int,
+    space: str,
+    returns: tuple[float, ...],
+    end: int | None = None,
+    algo: str = "ppo",
 ) -> list[Run]:
     """Run folders of seeds 1, 2, ... trained together, which returned the same in every episode, up to step `end`."""
-    names = [f"{env}__ppo__{seed}__1700000000" for seed in range(1, len(returns) + 1)]
+    names = [f"{env}__{algo}__{seed}__1700000000" for seed in range(1, len(returns) + 1)]
     for seed, (name, level) in enumerate(zip(names, returns, strict=True), start=1):
         config = {
             "env": env,
-            "algo": "ppo",
+            "algo": algo,
             "seed": seed,
             "seeds": list(range(1, len(returns) + 1)),
             "group": names,
@@ -104,6 +110,16 @@ def test_a_row_of_one_run_that_was_stopped(here: Path) -> None:
     assert row[5].startswith("[20.4 ± 0.2](") and row[6:] == ["informative", "–"]
     (panel,) = summary.draw(summary.judge_all(Path("kept"))).axes
     assert panel.get_xlim() == (0, 990_000)
+
+
+def test_a_row_of_a_smaller_budget_than_the_published(here: Path) -> None:
+    """SAC's 300,000 of CleanRL's 1,000,000 steps, which were the whole budget: the row says so, no mark is drawn."""
+    summary.keep(train(Path("runs/sac"), "Hopper-v4", 300_000, "Box", (900.0,), algo="sac"), Path("kept"))
+    results = summary.judge_all(Path("kept"))
+    row = [cell.strip() for cell in summary.table(results, "sac").splitlines()[2].split("|")[1:-1]]
+    assert row[0] == "Hopper-v4 at 300,000 of 1,000,000 steps" and row[5].startswith("[")
+    (panel,) = summary.draw(results).axes
+    assert all(line.get_label() != "CleanRL, published: mean ± std" for line in panel.containers)
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:

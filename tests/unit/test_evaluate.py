@@ -239,6 +239,12 @@ def test_an_unfinished_run_gives_its_checkpoint(run: Path) -> None:
         rl_lab.load(run)
 
 
+def test_a_later_run_s_fault_leaves_the_table(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="is no run folder of rl_lab"):
+        main([str(run), str(tmp_path), "--episodes", "1"])
+    assert run.name in capsys.readouterr().out
+
+
 def test_bad_input_is_refused_in_one_line(run: Path, tmp_path: Path) -> None:
     def error(*argv: object) -> str:
         with pytest.raises(SystemExit) as stop:
@@ -250,6 +256,7 @@ def test_bad_input_is_refused_in_one_line(run: Path, tmp_path: Path) -> None:
     assert "is no run folder of rl_lab" in error(tmp_path)
     assert "must end in .gif or .mp4" in error(run, "--video", "x.avi")
     assert "films one run, not 2" in error(run, run, "--video", "x.gif")
+    assert "--seed -1 must be 0 or more" in error(run, "--seed", -1)
     config = json.loads((run / "config.json").read_text())
     for algo in ("../evil", "sarsa"):
         (run / "config.json").write_text(json.dumps({**config, "algo": algo}))

@@ -139,6 +139,7 @@ class AtariEnv(VectorEnv):
     draws its no-ops and sticky actions from a generator seeded by (seed, i).
     """
 
+    frame_stack = 4
     render_fps = 15  # an emulator shows sixty frames a second, and a step skips four
 
     def __init__(
@@ -170,7 +171,7 @@ class AtariEnv(VectorEnv):
         rows = [(seed, row) for seed in self.seeds for row in range(num_envs)]
         ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
         self.games = [Game(rom, np.random.default_rng(row), sticky_actions) for row in rows]
-        self.observation_space = gym.spaces.Box(0, 255, (4, SIZE, SIZE), np.uint8)
+        self.observation_space = gym.spaces.Box(0, 255, (self.frame_stack, SIZE, SIZE), np.uint8)
         self.action_space = gym.spaces.Discrete(len(self.games[0].actions))
         self._tensor: Callable[[np.ndarray], Tensor] = torch.from_numpy
         if self.device.type != "cpu":
@@ -181,7 +182,7 @@ class AtariEnv(VectorEnv):
         for game in self.games:
             game.over = True
         frames = np.stack([game.begin() for game in self.games])
-        self._obs = np.repeat(frames[:, None], 4, axis=1)
+        self._obs = np.repeat(frames[:, None], self.frame_stack, axis=1)
         self._returns, self._lengths, self._over = np.zeros(rows), np.zeros(rows, np.int64), np.zeros(rows, bool)
         return self._tensor(self._obs)
 

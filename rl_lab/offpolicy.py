@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import ClassVar
 
 from rl_lab.cli import RunArgs
-from rl_lab.networks import is_image
 from rl_lab.replay import Replay, transitions
 from rl_lab.vector import VectorEnv
 
@@ -73,7 +72,7 @@ class OffPolicyArgs(RunArgs):
         return self.total_timesteps // self.log_every
 
     def replay(self, env: VectorEnv, n_step: int = 1, alpha: float = 0.0) -> Replay:
-        """The replay for `env`: images are kept frame by frame, files survive a kill between two checkpoints.
+        """The replay for `env`: stacked frames are kept once each, files survive a kill between two checkpoints.
 
         Raises:
             ValueError: if it does not fit, --replay-folder has files of another run, or none of the resumed one's, or
@@ -89,10 +88,8 @@ class OffPolicyArgs(RunArgs):
             if any(self.replay_folder.glob("replay.*")) != (self.resume is not None):
                 found = "has none of the run's files" if self.resume else "has files of another run"
                 raise ValueError(f"--replay-folder {self.replay_folder} {found}; name the right one")
-        space = env.observation_space
-        stack = space.shape[0] if is_image(space) else 0
         spare = (self.checkpoint_every + self.log_every) // self.num_envs + 1 if self.replay_folder else 0
         return Replay(
-            transitions(env), self.num_seeds, self.num_envs, self.buffer_size, self.gamma, n_step, alpha, stack,
-            env.device, self.replay_folder, spare, self.compile,
+            transitions(env), self.num_seeds, self.num_envs, self.buffer_size, self.gamma, n_step, alpha,
+            env.frame_stack, env.device, self.replay_folder, spare, self.compile,
         )  # fmt: skip

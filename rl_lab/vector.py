@@ -43,6 +43,8 @@ class VectorEnv(abc.ABC):
         observation_space, action_space: of one environment.
         seeds: one per agent; each seed has its own generator, so its rows do not depend on the other seeds.
         num_envs: N, environments per seed.
+        frame_stack: frames in an observation (frame_stack, ...), the newest last, all the first one where an episode
+            begins; a replay keeps each frame once then. 0 where observations are no such stacks.
         device: where every tensor lives.
         episode_returns: (B,) float64 sum of rewards of the running episode. After a step that ended an episode it
             still holds that episode's total; the next step starts the new one at zero.
@@ -54,6 +56,7 @@ class VectorEnv(abc.ABC):
     action_space: gym.Space[Any]
     seeds: tuple[int, ...]
     num_envs: int
+    frame_stack: int = 0
     device: torch.device
     episode_returns: Tensor
     episode_lengths: Tensor

@@ -87,7 +87,7 @@ def init_params(space: gym.Space[Any], actions: Actions, args: Args, generator: 
 
 def distribution(params: Params, obs: Tensor) -> Tensor:
     """Probabilities of the atoms under each action: (B, *obs) -> (B, A, n_atoms)."""
-    if obs.dtype == torch.uint8:
+    if params["trunk.0.weight"].ndim == 4:  # convolutions
         hidden = nature_cnn(params, "trunk", obs)
     else:
         hidden = mlp(params, "trunk", obs.flatten(1).float(), 2, torch.relu).relu()

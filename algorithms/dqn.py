@@ -89,7 +89,7 @@ def init_params(space: gym.Space[Any], actions: Actions, dueling: bool, generato
 
 def q_values(params: Params, obs: Tensor) -> Tensor:
     """Q(s, .): (B, *obs) -> (B, A)."""
-    if obs.dtype == torch.uint8:
+    if params["trunk.0.weight"].ndim == 4:  # convolutions
         hidden = nature_cnn(params, "trunk", obs)
     else:
         hidden = mlp(params, "trunk", obs.flatten(1).float(), 2, torch.relu).relu()

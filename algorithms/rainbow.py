@@ -116,7 +116,7 @@ def init_params(space: gym.Space[Any], actions: Actions, args: Args, generator: 
 
 def features(params: Params, obs: Tensor) -> Tensor:
     """What both streams see: (B, *obs) -> (B, 120), or (B, 3136) where observations are images."""
-    if obs.dtype == torch.uint8:
+    if params["trunk.0.weight"].ndim == 4:  # convolutions
         return convolutions(params, "trunk", obs).float()
     return mlp(params, "trunk", obs.flatten(1).float(), 1).relu()
 

@@ -20,14 +20,16 @@ from torch import Tensor
 from torch.func import vmap
 
 import rl_lab
+from rl_lab import offpolicy
 from rl_lab.algorithms import c51, dqn, ppo, ppo_lstm, rainbow
 from rl_lab.compiler import Compiled
 from rl_lab.distributions import Actions
 from rl_lab.networks import Params
 from rl_lab.optim import fast_bf16, init_adam
-from rl_lab.replay import Batch
+from rl_lab.replay import Batch, Replay
 from rl_lab.rollout import contiguous, over_seeds
 from rl_lab.run import Run
+from rl_lab.vector import TensorEnv
 
 EACH = pytest.mark.parametrize("algorithm", [dqn, c51, rainbow], ids=["dqn", "c51", "rainbow"])
 THREE, SPACE = Actions((3,), ()), gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
@@ -147,6 +149,57 @@ def test_training(algorithm: ModuleType, tmp_path: Path, monkeypatch: pytest.Mon
     assert 0 < moved < 4.1 * algorithm.IMAGES.learning_rate
     policy, obs = rl_lab.load(run.logs.folders[0]), some_batch()["obs"]
     assert torch.equal(policy(obs), algorithm.act(params, {"obs": obs}, None)[0])
+
+
+class Colours(TensorEnv):
+    """Three colours of an episode's step t, of which none was seen before: 40 t + 10, 20 and 30."""
+
+    observation_space = gym.spaces.Box(0, 255, (3, 84, 84), np.uint8)
+    action_space = gym.spaces.Discrete(3)
+    max_episode_steps, reset_draws = 5, 1
+
+    def initial(self, draws: Tensor) -> Tensor:
+        return torch.zeros_like(draws)
+
+    def transition(self, physics: Tensor, actions: Tensor, draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return physics + 1, physics[:, 0], physics[:, 0] < 0
+
+    def observe(self, physics: Tensor) -> Tensor:
+        colours = 40 * physics + torch.tensor([10, 20, 30])
+        return colours[:, :, None, None].expand(-1, -1, 84, 84).to(torch.uint8)
+
+
+@EACH
+def test_colours_are_no_stack(algorithm: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a replay that keeps an image's last channel alone, and takes earlier steps' for the others."""
+    monkeypatch.setattr(algorithm, "make", lambda _, seeds, num_envs, *__: Colours(seeds, num_envs))
+    batches: list[Batch] = []
+
+    class Watched(Replay):
+        def sample(self, *args: Any) -> Batch:
+            batches.append(super().sample(*args))
+            return batches[-1]
+
+    monkeypatch.setattr(offpolicy, "Replay", Watched)
+    algorithm.train(replace(algorithm.IMAGES, **SMALL, runs_dir=tmp_path))
+    obs, rewards, next_obs = (torch.cat([b[name][0] for b in batches]) for name in ("obs", "rewards", "next_obs"))
+    if algorithm is rainbow:  # whose rewards are of three steps
+        rewards = (obs[:, 0, 0, 0].float() - 10) / 40
+    else:
+        assert torch.equal(next_obs[:, 0, 0, 0], 40 * rewards.byte() + 50)
+    assert len(rewards.unique()) == 5
+    for channel, value in enumerate((10, 20, 30)):
+        assert torch.equal(obs[:, channel, 5, 5], 40 * rewards.byte() + value)
+        assert (next_obs[:, channel, 5, 5] - next_obs[:, 0, 0, 0] == value - 10).all()
+
+
+@EACH
+def test_small_images_are_vectors(algorithm: ModuleType, tmp_path: Path) -> None:
+    """Guards against a network by the observation's type that was made by its size: a MiniGrid's view is uint8, too."""
+    flags = {**SMALL, "env": "MiniGrid-Empty-5x5-v0", "runs_dir": tmp_path}
+    run = algorithm.train(replace(algorithm.Args(), **flags))
+    obs = torch.zeros(2, 7, 7, 3, dtype=torch.uint8)
+    assert rl_lab.load(run.logs.folders[0])(obs).shape == (2,)
 
 
 SHORT = {"total_timesteps": 64, "num_envs": 2, "num_steps": 16, "num_minibatches": 2, "update_epochs": 1}

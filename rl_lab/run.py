@@ -93,6 +93,9 @@ class BaseRun:
 
         if ended():
             print(f"{self.logs.folders[0]} is finished: {first * steps} steps")
+        else:
+            for folder in self.logs.folders:  # of a run that is prolonged
+                (folder / "model.safetensors").unlink(missing_ok=True)
 
         def stop(number: int, _: object) -> None:
             caught.append(number)

@@ -309,6 +309,7 @@ def test_a_run_without_annealing_can_be_prolonged(lab: Lab, tmp_path: Path) -> N
     folders = lab.trained(tmp_path / "short", *flags)
     ended = lab.run("--resume", folders[1], "--total-timesteps", 640, before=WRITES.format(moment=14))
     assert ended.status == -signal.SIGKILL
+    assert not any((folder / "model.safetensors").exists() for folder in folders)  # or it would pass for the new one
     assert lab.run("--resume", folders[1]).status == 0  # the longer aim is remembered
     assert record(folders) == long
     for folder in folders:

@@ -39,7 +39,8 @@ class BaseRun:
     constructor returns.
 
     Raises:
-        ValueError: if `args.runs_dir` cannot be written, or `args.resume` has no good checkpoint of its own.
+        ValueError: if `args.runs_dir` cannot be written, `args.resume` has no good checkpoint of its own, or is to be
+            prolonged though it has reached --until-return.
     """
 
     def __init__(
@@ -66,12 +67,16 @@ class BaseRun:
             progress = loaded.get("run", {})
             if progress.get("group") != self.logs.config["group"]:
                 raise ValueError(f"--resume {args.resume}: its checkpoint is of another run; put its own back")
+            prolonged = args.total_steps != self.logs.config["total_timesteps"]
+            if prolonged and progress["reached"]:
+                told = "has reached its --until-return, which ended it; leave the flag out"
+                raise ValueError(f"--total-timesteps {args.total_steps}: the run in {args.resume} {told}")
             self.saved = loaded["state"]
             self.iteration, self.elapsed, self.recent = progress["iteration"], progress["elapsed"], progress["recent"]
             self.reached = progress["reached"]
             self.checkpointed = self.iteration
             self.logs.rewind(progress["logs"])
-            if args.total_steps != self.logs.config["total_timesteps"]:
+            if prolonged:
                 self.logs.prolong(args.total_steps)
 
     def iterations(self, num_iterations: int, steps: int) -> Iterator[int]:

@@ -295,6 +295,17 @@ def test_a_run_that_returned_enough_is_finished(lab: Lab, tmp_path: Path) -> Non
     assert refused.status == 2 and "--until-return 2.0: the run in" in refused.err
 
 
+def test_a_run_that_reached_its_return_is_not_prolonged(lab: Lab, tmp_path: Path) -> None:
+    """Guards against a run that is called finished, and has a new length, though nothing was done."""
+    flags = ["--no-anneal-lr", "--eval-every", 64, "--until-return", 1]
+    (folder,) = lab.trained(tmp_path, *flags)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    refused = lab.run("--resume", folder, "--total-timesteps", 640)
+    assert refused.status == 1 and refused.err.count("\n") == 1
+    assert f"--total-timesteps 640: the run in {folder} has reached its --until-return" in refused.err
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
 def test_a_run_killed_after_its_last_checkpoint_gets_its_model(lab: Lab, tmp_path: Path, whole: dict[str, Any]) -> None:
     folders = lab.trained(tmp_path, "--num-seeds", 2)
     for folder in folders:

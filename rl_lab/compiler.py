@@ -105,12 +105,21 @@ class Compiled:
             them with these results and returns the very same tensors. Large arrays would otherwise be allocated anew
             at each call, which costs more than Adam's arithmetic. Such a result must be computed: it may be the
             argument itself, but not another one.
+        in_place: numbers of the arguments that are the very same tensors at every call. A captured graph reads them
+            where they are, and copies of all others: of a replay's columns these would be a second replay.
     Raises:
         NoCompiler: at the first call.
     """
 
-    def __init__(self, function: Function, key: object, enabled: bool = True, donate: Sequence[int] = ()) -> None:
-        self.function, self.key, self.enabled, self.donate = function, key, enabled, donate
+    def __init__(
+        self,
+        function: Function,
+        key: object,
+        enabled: bool = True,
+        donate: Sequence[int] = (),
+        in_place: Sequence[int] = (),
+    ) -> None:
+        self.function, self.key, self.enabled, self.donate, self.in_place = function, key, enabled, donate, in_place
         self._graph: tuple[Callable[[list[Tensor]], list[Tensor]], Any] | None = None
 
     def __call__(self, *args: Any) -> Any:
@@ -143,20 +152,28 @@ class Compiled:
         signature = [(tuple(x.shape), x.stride(), str(x.dtype), str(x.device)) for x in leaves]
         described = (self.key, self.donate, str(treespec), signature, _toolchain())
         folder = cache_folder() / hashlib.sha256(repr(described).encode()).hexdigest()[:32]
+        sizes = [len(pytree.tree_leaves(x)) for x in pytree.tree_unflatten(leaves, treespec)]
+        ends = list(itertools.accumulate(sizes))
+        donated, fixed = (
+            {leaf for i in numbers for leaf in range(ends[i] - sizes[i], ends[i])}
+            for numbers in (self.donate, self.in_place)
+        )
+
+        def build() -> None:  # of clones, as two arguments may be one tensor today and two tomorrow
+            apart = [x if i in fixed else x.clone() for i, x in enumerate(leaves)]
+            _compile(self.function, apart, treespec, self.donate, folder)
+
         if not folder.exists():
-            _compile(self.function, leaves, treespec, self.donate, folder)
+            build()
         try:
             self._graph = _load(folder)
         except Exception as error:  # a torn or foreign file
             warnings.warn(f"{folder} does not load ({error}); compiling again", stacklevel=3)
             shutil.rmtree(folder)
-            _compile(self.function, leaves, treespec, self.donate, folder)
+            build()
             self._graph = _load(folder)
         if leaves[0].is_cuda:
-            sizes = [len(pytree.tree_leaves(x)) for x in pytree.tree_unflatten(leaves, treespec)]
-            ends = list(itertools.accumulate(sizes))
-            donated = {leaf for i in self.donate for leaf in range(ends[i] - sizes[i], ends[i])}
-            self._graph = _captured(self._graph[0], leaves, donated), self._graph[1]
+            self._graph = _captured(self._graph[0], leaves, donated, fixed), self._graph[1]
         return self._graph
 
 
@@ -175,17 +192,20 @@ def _load(folder: Path) -> tuple[Any, Any]:
 
 
 def _captured(
-    run: Callable[[list[Tensor]], list[Tensor]], leaves: list[Tensor], donated: set[int]
+    run: Callable[[list[Tensor]], list[Tensor]], leaves: list[Tensor], donated: set[int], fixed: set[int]
 ) -> Callable[[list[Tensor]], list[Tensor]]:
-    """`run` as a CUDA graph, which works on tensors of its own; for `donated` ones on those of the first call."""
-    static = [x if i in donated else x.clone() for i, x in enumerate(leaves)]
-    given = [x.clone() for x in static]
+    """`run` as a CUDA graph, which works on tensors of its own; for `donated` ones on those of the first call.
+
+    Of `fixed` ones, which it only reads, there must be no others at any call.
+    """
+    static = [x if i in donated | fixed else x.clone() for i, x in enumerate(leaves)]
+    given = [(x, x.clone()) for i, x in enumerate(static) if i not in fixed]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         run(static)  # kernels are loaded at their first launch, which a capture does not allow
     torch.cuda.current_stream().wait_stream(stream)
-    for x, before in zip(static, given, strict=True):
+    for x, before in given:
         x.copy_(before)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -193,6 +213,7 @@ def _captured(
 
     def replay(leaves: list[Tensor]) -> list[Tensor]:
         foreign = [i for i, x in enumerate(leaves) if x is not static[i]]
+        assert not fixed.intersection(foreign), "an argument to be read in place is another tensor than at first"
         for i in foreign:
             static[i].copy_(leaves[i])
         graph.replay()
@@ -275,7 +296,6 @@ def _compile(
     torch.compiler.reset()  # forget shapes of an earlier graph's loop, or this one's would be traced as dynamic
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the compiler's own deprecations
-        leaves = [x.clone() for x in leaves]  # two arguments may be one tensor today and two tomorrow
         graph = make_fx(flat, tracing_mode="fake")(*leaves)
         graph = torch.fx.GraphModule(graph, fx_graph_cse(graph.graph))
         _check_donations(graph)

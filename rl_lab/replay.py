@@ -156,7 +156,7 @@ class Replay:
         self.written = 0  # rows
         self.tree = SumTree(num_seeds, self.rows * num_envs, self.device) if alpha else None
         self.max_priority = torch.ones(num_seeds, 1, dtype=torch.float64, device=self.device)
-        self._draw = Compiled(self._drawn, ("replay", self.shape, gamma, n_step, stack), compile)
+        self._draw = Compiled(self._drawn, ("replay", self.shape, gamma, n_step, stack), compile, in_place=(0, 1))
 
     @property
     def nbytes(self) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rl_lab import compiler
 from rl_lab.compiler import Compiled, scan
+from rl_lab.replay import Replay
 
 
 def running(carry: dict[str, Tensor], xs: tuple[Tensor, Tensor]) -> Any:
@@ -231,8 +232,9 @@ class Recorder:
             x.copy_(new)
 
 
-def test_a_capture_keeps_the_caller_s_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bookkeeping around a capture, without a GPU: the first argument is overwritten with twice itself plus b."""
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    """Captures, without a GPU, a function that overwrites its first argument with twice itself plus the second."""
 
     def double(leaves: list[Tensor]) -> list[Tensor]:
         a, b = leaves
@@ -253,9 +255,13 @@ def test_a_capture_keeps_the_caller_s_memory(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: recorder)
     monkeypatch.setattr(torch.cuda, "graph", recording)
+    return recorder
 
+
+def test_a_capture_keeps_the_caller_s_memory(recorder: Recorder) -> None:
+    """The bookkeeping around a capture."""
     a, b = torch.tensor([1.0, 2.0]), torch.tensor([10.0, 20.0])
-    captured = compiler._captured(recorder, [a, b], {0})
+    captured = compiler._captured(recorder, [a, b], {0}, set())
     assert a.tolist() == [1.0, 2.0]  # the warm-up left nothing behind
     (first,) = captured([a, b])
     assert (a.tolist(), b.tolist(), first.tolist()) == ([12.0, 24.0], [10.0, 20.0], [10.0, 40.0])
@@ -264,3 +270,38 @@ def test_a_capture_keeps_the_caller_s_memory(monkeypatch: pytest.MonkeyPatch) ->
     other = torch.tensor([3.0, 4.0])
     (third,) = captured([other, b])
     assert (other.tolist(), third.tolist()) == ([16.0, 28.0], [30.0, 80.0])
+
+
+def test_a_capture_reads_in_place(recorder: Recorder) -> None:
+    """Guards against a replay that is held twice and copied at each sample, and against one that is read no more."""
+    a, b = torch.tensor([1.0, 2.0]), torch.tensor([10.0, 20.0])
+    captured = compiler._captured(recorder, [a, b], {0}, {1})
+    assert recorder.leaves[1] is b
+    b.fill_(3.0)  # written to between two calls
+    (result,) = captured([a, b])
+    assert (a.tolist(), b.tolist(), result.tolist()) == ([5.0, 7.0], [3.0, 3.0], [3.0, 6.0])
+    with pytest.raises(AssertionError, match="another tensor than at first"):
+        captured([a, torch.tensor([3.0, 3.0])])
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.6])
+def test_a_replay_is_read_in_place(alpha: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against columns, or weights of the tree, that are other tensors at a later sample."""
+    given: list[list[Tensor]] = []
+
+    class Watched(Compiled):
+        def __call__(self, *args: Any) -> Any:
+            given.append(compiler.leaves_of([args[i] for i in self.in_place]))
+            return super().__call__(*args)
+
+    monkeypatch.setattr("rl_lab.replay.Compiled", Watched)
+    flag = torch.zeros(5, 2, dtype=torch.bool)
+    columns = {"obs": torch.rand(5, 2, 3), "rewards": torch.rand(5, 2), "terminated": flag, "truncated": flag}
+    spec = {name: (tuple(x.shape[2:]), x.dtype) for name, x in columns.items()}
+    replay = Replay(spec, 1, 2, 8, 0.99, alpha=alpha)
+    for _ in range(2):
+        replay.add(columns)
+        replay.sample(torch.full((1, 3), 0.5).double())
+    held = [*replay.columns.values(), *(replay.tree.levels if replay.tree else [])]
+    assert len(given[0]) == len(given[1]) == len(held)
+    assert all(x is y is z for x, y, z in zip(*given, held, strict=True))

@@ -179,6 +179,15 @@ class Replay:
                 f"--buffer-size {capacity} needs {needed}, {free} are free {where}; a smaller one{way} works"
             )
 
+    def _require_room(self, saved: Batch) -> None:
+        need, room = sum(column.nbytes for column in saved.values()), free_memory(self.device)
+        if self.device.type == "cpu" and need > room:  # elsewhere all columns were allocated as they were made
+            needed, free = (f"{x / 1e9:.1f} GB" for x in (need, room))
+            raise ValueError(
+                f"--resume needs {needed} more to put the replay back beside its checkpoint, {free} are free in memory; "
+                "free as much, or resume where there is more"
+            )
+
     def _allocate(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         shape, fresh = (self.rows, self._width, *shape), True
         if self.folder is None:
@@ -348,10 +357,21 @@ class Replay:
         return state | ({"tree": {str(k): level for k, level in enumerate(self.tree.levels)}} if self.tree else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict()` of a replay made with the same arguments, in the same folder."""
+        """Continue from `state_dict()` of a replay made with the same arguments, in the same folder.
+
+        Columns of a full ring on this device are taken over as they are, so that no memory need hold them twice.
+
+        Raises:
+            ValueError: if the others are larger than the free memory.
+        """
         self.written, self.max_priority = state["written"], state["max_priority"].to(self.device)
-        for name, column in state["columns"].items():
-            self.columns[name][: len(column)] = column.to(self.device)
+        saved: Batch = state["columns"]
+        if self.device.type == "cpu" and self.written >= self.rows:
+            self.columns |= saved
+        else:
+            self._require_room(saved)
+            for name, column in saved.items():
+                self.columns[name][: len(column)].copy_(column)
         self.ends = {}
         if ends := state.get("ends"):
             for (row, place), frame in zip(ends["keys"].tolist(), ends["frames"].to(self.device), strict=True):

@@ -348,8 +348,31 @@ def test_continues_bit_for_bit(tmp_path: Path, disk: bool, before: int, alpha: f
     resumed.load_state_dict(saved)
     assert len(resumed) == len(whole)
     for found, expected in zip(advance(resumed, before, 12), advance(whole, before, 12), strict=True):
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[name], x) for name, x in expected.items())
+        assert_equal_batches(found, expected)
+
+
+@pytest.mark.parametrize("stack", [0, 2])
+def test_a_large_replay_is_read_back(stack: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a replay that fits once, and is held twice when its run is resumed; else it says what it takes."""
+    steps = stream(30, 2, stack)
+    for length in (4, 30):
+        first, second = (Replay(spec(stack), 1, 2, 20, GAMMA, stack=stack) for _ in range(2))
+        first.add({name: x[:length] for name, x in steps.items()})
+        state = first.state_dict()
+        monkeypatch.setattr("rl_lab.replay.free_memory", lambda _: 100)
+        if length == 4:
+            with pytest.raises(ValueError, match="--resume needs 0.0 GB more to put the replay back .* 0.0 GB are free"):
+                second.load_state_dict(state)
+        else:
+            second.load_state_dict(state)
+            assert all(second.columns[name].data_ptr() == x.data_ptr() for name, x in state["columns"].items())
+            assert_equal_batches(everything(first), everything(second))
+        monkeypatch.undo()
+
+
+def assert_equal_batches(found: Batch, expected: Batch) -> None:
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], x) for name, x in expected.items())
 
 
 def test_state_is_copied() -> None:

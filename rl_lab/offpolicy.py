@@ -88,7 +88,8 @@ class OffPolicyArgs(RunArgs):
             if any(self.replay_folder.glob("replay.*")) != (self.resume is not None):
                 found = "has none of the run's files" if self.resume else "has files of another run"
                 raise ValueError(f"--replay-folder {self.replay_folder} {found}; name the right one")
-        spare = (self.checkpoint_every + self.log_every) // self.num_envs + 1 if self.replay_folder else 0
+        # Twice what comes between checkpoints: a run may have to go on from the one before its newest.
+        spare = 2 * (self.checkpoint_every + self.log_every) // self.num_envs + 1 if self.replay_folder else 0
         return Replay(
             transitions(env), self.num_seeds, self.num_envs, self.buffer_size, self.gamma, n_step, alpha,
             env.frame_stack, env.device, self.replay_folder, spare, self.compile,

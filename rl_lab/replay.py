@@ -120,7 +120,7 @@ class Replay:
         stack: frames of a stacked observation (stack, ...) to keep once each; 0 keeps observations as they are.
         folder: where columns are kept as memory-mapped files; None keeps them in memory.
         spare: rows kept beyond the capacity. A file holds also what came after a checkpoint; with as many spare rows as
-            come between two checkpoints, a run that is killed has overwritten nothing that its checkpoint can sample.
+            come after it at most, a run that is killed has overwritten nothing that its checkpoint can sample.
         compile: put batches together in one compiled call.
     Raises:
         ValueError: if the columns are larger than the free memory (or disk), before they are allocated.

@@ -202,6 +202,14 @@ def test_a_replay_in_files_goes_on_from_its_checkpoint(lab: Lab, tmp_path: Path)
     assert lab.run("--resume", folders[0], algo="dqn").status == 0
     assert record(folders) == record(lab.folders(tmp_path / "whole"))
 
+    before = CALLS.format(algo="dqn", moment=count * 4 // 5)
+    lab.train(tmp_path / "damaged", *flags, tmp_path / "third files", before=before, algo="dqn")
+    folders = lab.folders(tmp_path / "damaged")
+    assert checkpoint.load(folders[0])["run"]["iteration"] == 6
+    (folders[0] / checkpoint.NAME).write_bytes(b"torn")
+    assert lab.run("--resume", folders[0], algo="dqn").status == 0  # from the checkpoint before
+    assert record(folders) == record(lab.folders(tmp_path / "whole"))
+
 
 @pytest.fixture(scope="module")
 def whole(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:

@@ -44,7 +44,8 @@ class OffPolicyArgs(RunArgs):
         self.require("train_frequency", either, f"a multiple or a divisor of --num-envs {self.num_envs}")
         whole = self.log_every % self.steps_per_cycle == 0
         self.require("log_every", whole, f"a multiple of {self.steps_per_cycle}, the env steps between updates")
-        self.require("total_timesteps", self.num_iterations > 0, f"--log-every {self.log_every} or more")
+        whole = self.total_timesteps % self.log_every == 0
+        self.require("total_timesteps", whole, f"a multiple of --log-every {self.log_every}")
         starts = self.learning_starts < self.total_timesteps
         self.require("learning_starts", starts, f"below --total-timesteps {self.total_timesteps}")
         if self.replay_folder:

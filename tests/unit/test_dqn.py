@@ -296,7 +296,9 @@ def test_compiled_equals_eager(trained: Trained) -> None:
     ("flags", "message"),
     [
         ({"learning_starts": 400}, "--learning-starts 400 must be below --total-timesteps 400"),
-        ({"total_timesteps": 79}, "--total-timesteps 79 must be --log-every 80 or more"),
+        ({"total_timesteps": 79}, "--total-timesteps 79 must be a multiple of --log-every 80"),
+        # 80 steps would be done, and none of them learned from.
+        ({"total_timesteps": 150}, "--total-timesteps 150 must be a multiple of --log-every 80"),
         ({"num_envs": 3}, "--train-frequency 10 must be a multiple or a divisor of --num-envs 3"),
         ({"num_envs": 8, "train_frequency": 12}, "--train-frequency 12 must be a multiple or a divisor"),
         ({"log_every": 75}, "--log-every 75 must be a multiple of 10, the env steps between updates"),

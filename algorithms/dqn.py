@@ -63,11 +63,6 @@ class Args(OffPolicyArgs):
         super().__post_init__()
         synced = self.target_network_frequency % self.steps_per_cycle == 0
         self.require("target_network_frequency", synced, f"a multiple of {self.steps_per_cycle}, the steps of a cycle")
-        first_update = (self.learning_starts // self.steps_per_cycle + 1) * self.steps_per_cycle
-        rows = min(first_update, self.buffer_size) // self.num_envs
-        self.require(
-            "n_step", self.n_step <= rows, f"at most {rows}, an environment's steps in the first batch's replay"
-        )
 
 
 IMAGES = Args(

@@ -76,11 +76,12 @@ class OffPolicyArgs(RunArgs):
         """The replay for `env`: stacked frames are kept once each, files survive a kill between two checkpoints.
 
         Raises:
-            ValueError: if it does not fit, --replay-folder has files of another run, or none of the resumed one's, or
-                the environment masks actions, which no target here minds.
+            ValueError: if it does not fit, the first batch would find nothing in it, --replay-folder has files of another
+                run, or none of the resumed one's, or the environment masks actions, which no target here minds.
         """
         if env.action_mask is not None:
             raise ValueError(f"--env {self.env} masks actions, which this command would not heed; rl_lab.ppo does")
+        self._require_first_batch(n_step + bool(env.frame_stack))
         if self.replay_folder:
             try:
                 self.replay_folder.mkdir(parents=True, exist_ok=True)
@@ -95,3 +96,11 @@ class OffPolicyArgs(RunArgs):
             transitions(env), self.num_seeds, self.num_envs, self.buffer_size, self.gamma, n_step, alpha,
             env.frame_stack, env.device, self.replay_folder, spare, self.compile,
         )  # fmt: skip
+
+    def _require_first_batch(self, steps: int) -> None:
+        """Raise a ValueError unless the first batch finds `steps` steps of each environment, one transition's."""
+        least, cycle = steps * self.num_envs, self.steps_per_cycle
+        each = f"a transition takes {steps} steps of each environment"
+        self.require("buffer_size", self.buffer_size >= least, f"at least {least}: {each}")
+        first = (least - 1) // cycle * cycle
+        self.require("learning_starts", self.learning_starts >= first, f"at least {first}: {each}")

@@ -307,8 +307,6 @@ def test_compiled_equals_eager(trained: Trained) -> None:
             {"num_envs": 8, "train_frequency": 8, "buffer_size": 100},
             "--buffer-size 100 must be a multiple of --num-envs",
         ),
-        ({"learning_starts": 0, "n_step": 11}, "--n-step 11 must be at most 10"),
-        ({"buffer_size": 5, "n_step": 6}, "--n-step 6 must be at most 5"),
         ({"n_step": 0}, "--n-step 0 must be at least 1"),
         ({"tau": 1.5}, r"--tau 1.5 must be in \[0, 1\]"),
         ({"end_e": -0.1}, r"--end-e -0.1 must be in \[0, 1\]"),
@@ -334,6 +332,8 @@ def test_an_environment_with_masks_is_refused(tmp_path: Path, monkeypatch: pytes
     [
         ({"env": "Pendulum-v1"}, "--env Pendulum-v1: DQN needs one Discrete action, not Box"),
         ({"buffer_size": 10**13}, "--buffer-size 10000000000000 needs .* GB"),
+        ({"learning_starts": 9, "n_step": 11}, "--learning-starts 9 must be at least 10: a transition takes 11 steps of"),
+        ({"buffer_size": 5, "n_step": 6}, "--buffer-size 5 must be at least 6: a transition takes 6 steps of each"),
     ],
 )
 def test_refused_before_a_run_exists(tmp_path: Path, flags: dict[str, Any], message: str) -> None:

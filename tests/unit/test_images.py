@@ -202,6 +202,26 @@ def test_small_images_are_vectors(algorithm: ModuleType, tmp_path: Path) -> None
     assert rl_lab.load(run.logs.folders[0])(obs).shape == (2,)
 
 
+@EACH
+def test_the_first_batch_has_a_next_frame(algorithm: ModuleType, tmp_path: Path) -> None:
+    """Guards against a run that ends at its first batch: the newest frame, and Rainbow's last three, have to wait."""
+    pytest.importorskip("ale_py", reason="Atari needs ale_py")
+    least = 12 if algorithm is rainbow else 4
+    flags = {**SMALL, "num_envs": 4, "train_frequency": 4, "runs_dir": tmp_path / "runs"}
+    message = f"--learning-starts {least - 1} must be at least {least}: a transition takes {least // 4 + 1} steps"
+    with pytest.raises(ValueError, match=message):
+        algorithm.train(replace(algorithm.IMAGES, **{**flags, "learning_starts": least - 1}))
+    assert not (tmp_path / "runs").exists()
+    env = algorithm.make("BreakoutNoFrameskip-v4", (1,), 4)
+    args = replace(algorithm.IMAGES, **{**flags, "learning_starts": least})
+    replay = args.replay(env, getattr(args, "n_step", 1))
+    obs = env.reset().expand(least // 4 + 1, -1, -1, -1, -1)
+    row = torch.zeros(obs.shape[:2])
+    ends = {name: row.bool() for name in ("terminated", "truncated")}
+    replay.add({"obs": obs, "next_obs": obs, "actions": row.long(), "rewards": row, **ends})
+    assert len(replay) == 4
+
+
 SHORT = {"total_timesteps": 64, "num_envs": 2, "num_steps": 16, "num_minibatches": 2, "update_epochs": 1}
 
 

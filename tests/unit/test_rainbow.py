@@ -281,7 +281,6 @@ def test_a_run_gives_its_policy_back(trained: Any) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"n_step": 11, "learning_starts": 0}, "--n-step 11 must be at most 10"),
         ({"n_atoms": 1}, "--n-atoms 1 must be at least 2"),
         ({"v_min": 100.0}, "--v-max 100.0 must be finite and above --v-min 100.0"),
         ({"noise_std": 0.0}, "--noise-std 0.0 must be finite and above 0: nothing else explores"),

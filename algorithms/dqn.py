@@ -63,6 +63,8 @@ class Args(OffPolicyArgs):
         super().__post_init__()
         synced = self.target_network_frequency % self.steps_per_cycle == 0
         self.require("target_network_frequency", synced, f"a multiple of {self.steps_per_cycle}, the steps of a cycle")
+        valid = not self.prioritized or 0 < self.priority_alpha <= 1
+        self.require("priority_alpha", valid, "above 0 and at most 1 with --prioritized")
 
 
 IMAGES = Args(

@@ -310,6 +310,7 @@ def test_compiled_equals_eager(trained: Trained) -> None:
         ({"n_step": 0}, "--n-step 0 must be at least 1"),
         ({"tau": 1.5}, r"--tau 1.5 must be in \[0, 1\]"),
         ({"end_e": -0.1}, r"--end-e -0.1 must be in \[0, 1\]"),
+        ({"prioritized": True, "priority_alpha": 0.0}, "--priority-alpha 0.0 must be above 0 and at most 1 with --prior"),
         ({"priority_alpha": 2.0}, r"--priority-alpha 2.0 must be in \[0, 1\]"),
         ({"exploration_fraction": 0.0}, "--exploration-fraction 0.0 must be finite and above 0"),
     ],

@@ -60,6 +60,7 @@ class Args(OffPolicyArgs):
         super().__post_init__()
         synced = self.target_network_frequency % self.steps_per_cycle == 0
         self.require("target_network_frequency", synced, f"a multiple of {self.steps_per_cycle}, the steps of a cycle")
+        self.require("end_e", self.end_e <= self.start_e, f"at most --start-e {self.start_e}")
         self.require("n_atoms", self.n_atoms > 1, "at least 2")
         self.require("v_min", math.isfinite(self.v_min), "finite")
         self.require("v_max", self.v_min < self.v_max < math.inf, f"finite and above --v-min {self.v_min}")

@@ -63,8 +63,12 @@ class Args(OffPolicyArgs):
         super().__post_init__()
         synced = self.target_network_frequency % self.steps_per_cycle == 0
         self.require("target_network_frequency", synced, f"a multiple of {self.steps_per_cycle}, the steps of a cycle")
+        self.require("end_e", self.end_e <= self.start_e, f"at most --start-e {self.start_e}")
         valid = not self.prioritized or 0 < self.priority_alpha <= 1
         self.require("priority_alpha", valid, "above 0 and at most 1 with --prioritized")
+        for name in ("priority_alpha", "priority_beta"):
+            used = self.prioritized or getattr(self, name) == getattr(Args, name)
+            self.require(name, used, "left out, or with --prioritized")
 
 
 IMAGES = Args(

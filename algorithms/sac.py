@@ -67,6 +67,8 @@ class Args(OffPolicyArgs):
         super().__post_init__()
         for name in ("policy_lr", "q_lr", "alpha"):
             self.require(name, 0 < getattr(self, name) < math.inf, "finite and above 0")
+        used = not self.autotune or self.alpha == Args.alpha
+        self.require("alpha", used, "left out, or with --no-autotune")
 
     @property
     def annealed(self) -> bool:

@@ -181,6 +181,7 @@ def test_a_run_gives_its_policy_back(trained: Any) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        ({"start_e": 0.0}, "--end-e 0.05 must be at most --start-e 0.0"),
         ({"n_atoms": 1}, "--n-atoms 1 must be at least 2"),
         ({"v_min": 100.0}, "--v-max 100.0 must be finite and above --v-min 100.0"),
         ({"v_max": math.nan}, "--v-max nan must be finite and above --v-min -100.0"),

@@ -222,6 +222,13 @@ def test_initial_networks() -> None:
     assert 0.99 / 16 < first.abs().max() <= 1 / 16 and 0.9 / 17**0.5 < agent["actor"]["actor.0.weight"].max() < 0.2426
 
 
+def test_a_temperature_that_is_learned_is_not_given() -> None:
+    """Guards against a flag without effect: a learned temperature starts from 1, as CleanRL's does."""
+    with pytest.raises(ValueError, match="--alpha 0.1 must be left out, or with --no-autotune"):
+        Args(alpha=0.1)
+    assert Args(alpha=0.1, autotune=False).alpha == 0.1
+
+
 @pytest.mark.parametrize("name", ["q_lr", "policy_lr", "alpha"])
 def test_refused_settings(name: str) -> None:
     for value in (0.0, float("inf"), float("nan")):

@@ -33,7 +33,7 @@ from rl_lab.compiler import Compiled
 from rl_lab.distributions import Actions, of_action, project
 from rl_lab.envs import make
 from rl_lab.networks import Params, flat_size, init_nature_cnn, init_uniform, is_image, mlp, nature_cnn, stack
-from rl_lab.offpolicy import OffPolicyArgs
+from rl_lab.offpolicy import DiscreteArgs, draw_noise
 from rl_lab.optim import AdamState, adam, fast_bf16, in_bf16, init_adam
 from rl_lab.replay import Batch, draw_uniform
 from rl_lab.rollout import Collector, Inputs, concatenate, contiguous, on_device, over_seeds
@@ -41,7 +41,7 @@ from rl_lab.run import Run
 
 
 @dataclass(frozen=True)
-class Args(OffPolicyArgs):
+class Args(DiscreteArgs):
     """Defaults are CleanRL's c51.py's, for images c51_atari.py's."""
 
     env: str = "CartPole-v1"  # environment id of Gymnasium
@@ -50,16 +50,12 @@ class Args(OffPolicyArgs):
     n_atoms: int = 101  # returns that have a probability, evenly spaced
     v_min: float = -100.0  # the lowest of them
     v_max: float = 100.0  # the highest
-    target_network_frequency: int = 500  # env steps between copies of the parameters to the target network
     start_e: float = 1.0  # epsilon at the start, the probability of a random action
     end_e: float = 0.05  # epsilon at the end
     exploration_fraction: float = 0.5  # share of total_timesteps in which epsilon falls linearly
-    bf16: bool = False  # compute the network of images in bfloat16, but for its head
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        synced = self.target_network_frequency % self.steps_per_cycle == 0
-        self.require("target_network_frequency", synced, f"a multiple of {self.steps_per_cycle}, the steps of a cycle")
         self.require("end_e", self.end_e <= self.start_e, f"at most --start-e {self.start_e}")
         self.require("n_atoms", self.n_atoms > 1, "at least 2")
         self.require("v_min", math.isfinite(self.v_min), "finite")
@@ -93,17 +89,6 @@ def distribution(params: Params, obs: Tensor) -> Tensor:
     else:
         hidden = mlp(params, "trunk", obs.flatten(1).float(), 2, torch.relu).relu()
     return mlp(params, "q", hidden, 1).view(len(obs), -1, len(params["atoms"])).softmax(2)
-
-
-def draw_noise(actions: Actions, shape: tuple[int, ...], generator: torch.Generator, epsilon: Any = 0.05) -> Tensor:
-    """Random actions (shape), int64; -1, with probability 1 - epsilon, where the policy is to act greedily.
-
-    Args:
-        epsilon: number or tensor that broadcasts to `shape`; 0.05 is what CleanRL evaluates with.
-    """
-    device = generator.device
-    choices = torch.randint(actions.num_outputs, shape, generator=generator, device=device)
-    return torch.where(torch.rand(shape, generator=generator, device=device) < epsilon, choices, -1)
 
 
 def act(params: Params, inputs: Inputs, noise: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -151,10 +136,7 @@ def update(
 def train(args: Args) -> Run:
     """Train `args.num_seeds` agents; everything is in the run folders afterwards."""
     env = make(args.env, args.seeds, args.num_envs, *args.make_options)
-    actions, images, generators = Actions.of(env.action_space), is_image(env.observation_space), args.generators(0)
-    args.require("bf16", images or not args.bf16, "off for vectors, whose small networks are faster in float32")
-    if actions.low or actions.shape:
-        raise ValueError(f"--env {args.env}: C51 needs one Discrete action, not {env.action_space}; rl_lab.sac has Box")
+    actions, images, generators = args.actions(env), is_image(env.observation_space), args.generators(0)
     params = stack([init_params(env.observation_space, actions, args, g) for g in generators])
     target, opt = contiguous(params), contiguous(vmap(init_adam)(params))
     key = ("c51", args.key, actions)

@@ -32,7 +32,7 @@ from rl_lab.compiler import Compiled
 from rl_lab.distributions import Actions
 from rl_lab.envs import make
 from rl_lab.networks import Params, flat_size, init_nature_cnn, init_uniform, is_image, mlp, nature_cnn, polyak, stack
-from rl_lab.offpolicy import OffPolicyArgs
+from rl_lab.offpolicy import DiscreteArgs, draw_noise
 from rl_lab.optim import AdamState, adam, fast_bf16, in_bf16, init_adam
 from rl_lab.replay import Batch, draw_uniform
 from rl_lab.rollout import Collector, Inputs, concatenate, contiguous, on_device, over_seeds
@@ -40,14 +40,13 @@ from rl_lab.run import Run
 
 
 @dataclass(frozen=True)
-class Args(OffPolicyArgs):
+class Args(DiscreteArgs):
     """Defaults are CleanRL's dqn.py's; those of the variants are their papers'."""
 
     env: str = "CartPole-v1"  # environment id of Gymnasium
     total_timesteps: int = 500_000  # env steps of one seed, over all its environments
     learning_rate: float = 2.5e-4  # of Adam
     tau: float = 1.0  # share of the parameters that the target network takes over, 1 for all
-    target_network_frequency: int = 500  # env steps between updates of the target network
     start_e: float = 1.0  # epsilon at the start, the probability of a random action
     end_e: float = 0.05  # epsilon at the end
     exploration_fraction: float = 0.5  # share of total_timesteps in which epsilon falls linearly
@@ -57,12 +56,9 @@ class Args(OffPolicyArgs):
     prioritized: bool = False  # sample by the size of the last TD error
     priority_alpha: float = 0.6  # exponent of priorities
     priority_beta: float = 0.4  # exponent of importance weights at the start; 1 at the end
-    bf16: bool = False  # compute the network of images in bfloat16, but for its heads
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        synced = self.target_network_frequency % self.steps_per_cycle == 0
-        self.require("target_network_frequency", synced, f"a multiple of {self.steps_per_cycle}, the steps of a cycle")
         self.require("end_e", self.end_e <= self.start_e, f"at most --start-e {self.start_e}")
         valid = not self.prioritized or 0 < self.priority_alpha <= 1
         self.require("priority_alpha", valid, "above 0 and at most 1 with --prioritized")
@@ -98,17 +94,6 @@ def q_values(params: Params, obs: Tensor) -> Tensor:
     if "value.0.weight" in params:  # dueling [Wang et al. 2016, Eq. 9]
         q = mlp(params, "value", hidden, 1) + q - q.mean(1, keepdim=True)
     return q
-
-
-def draw_noise(actions: Actions, shape: tuple[int, ...], generator: torch.Generator, epsilon: Any = 0.05) -> Tensor:
-    """Random actions (shape), int64; -1, with probability 1 - epsilon, where the policy is to act greedily.
-
-    Args:
-        epsilon: number or tensor that broadcasts to `shape`; 0.05 is what CleanRL evaluates with.
-    """
-    device = generator.device
-    choices = torch.randint(actions.num_outputs, shape, generator=generator, device=device)
-    return torch.where(torch.rand(shape, generator=generator, device=device) < epsilon, choices, -1)
 
 
 def act(params: Params, inputs: Inputs, noise: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -159,10 +144,7 @@ def update(
 def train(args: Args) -> Run:
     """Train `args.num_seeds` agents; everything is in the run folders afterwards."""
     env = make(args.env, args.seeds, args.num_envs, *args.make_options)
-    actions, images, generators = Actions.of(env.action_space), is_image(env.observation_space), args.generators(0)
-    args.require("bf16", images or not args.bf16, "off for vectors, whose small networks are faster in float32")
-    if actions.low or actions.shape:
-        raise ValueError(f"--env {args.env}: DQN needs one Discrete action, not {env.action_space}; rl_lab.sac has Box")
+    actions, images, generators = args.actions(env), is_image(env.observation_space), args.generators(0)
     params = stack([init_params(env.observation_space, actions, args.dueling, g) for g in generators])
     target, opt = contiguous(params), contiguous(vmap(init_adam)(params))
     key = ("dqn", args.key, actions)

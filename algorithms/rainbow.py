@@ -43,7 +43,7 @@ from rl_lab.compiler import Compiled
 from rl_lab.distributions import Actions, of_action, project
 from rl_lab.envs import make
 from rl_lab.networks import Params, convolutions, flat_size, init_nature_cnn, init_uniform, is_image, mlp, stack
-from rl_lab.offpolicy import OffPolicyArgs
+from rl_lab.offpolicy import DiscreteArgs
 from rl_lab.optim import AdamState, adam, fast_bf16, in_bf16, init_adam
 from rl_lab.replay import Batch, draw_uniform
 from rl_lab.rollout import Collector, Inputs, concatenate, contiguous, on_device, over_seeds
@@ -51,7 +51,7 @@ from rl_lab.run import Run
 
 
 @dataclass(frozen=True)
-class Args(OffPolicyArgs):
+class Args(DiscreteArgs):
     """What Rainbow adds is as in CleanRL's rainbow_atari.py; for vectors sizes, rates and atoms are its c51.py's."""
 
     env: str = "CartPole-v1"  # environment id of Gymnasium
@@ -61,16 +61,12 @@ class Args(OffPolicyArgs):
     v_min: float = -100.0  # the lowest of them
     v_max: float = 100.0  # the highest
     n_step: int = 3  # steps of a transition
-    target_network_frequency: int = 500  # env steps between copies of the parameters to the target network
     noise_std: float = 0.5  # sigma at the start, times sqrt(inputs)
     priority_alpha: float = 0.5  # exponent of priorities
     priority_beta: float = 0.4  # exponent of importance weights at the start; 1 at the end
-    bf16: bool = False  # compute the convolutions of images in bfloat16
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        synced = self.target_network_frequency % self.steps_per_cycle == 0
-        self.require("target_network_frequency", synced, f"a multiple of {self.steps_per_cycle}, the steps of a cycle")
         self.require("n_atoms", self.n_atoms > 1, "at least 2")
         self.require("v_min", math.isfinite(self.v_min), "finite")
         self.require("v_max", self.v_min < self.v_max < math.inf, f"finite and above --v-min {self.v_min}")
@@ -204,11 +200,7 @@ def update(
 def train(args: Args) -> Run:
     """Train `args.num_seeds` agents; everything is in the run folders afterwards."""
     env = make(args.env, args.seeds, args.num_envs, *args.make_options)
-    actions, images, generators = Actions.of(env.action_space), is_image(env.observation_space), args.generators(0)
-    args.require("bf16", images or not args.bf16, "off for vectors, whose small networks are faster in float32")
-    if actions.low or actions.shape:
-        space = env.action_space
-        raise ValueError(f"--env {args.env}: Rainbow needs one Discrete action, not {space}; rl_lab.sac has Box")
+    actions, images, generators = args.actions(env), is_image(env.observation_space), args.generators(0)
     params = stack([init_params(env.observation_space, actions, args, g) for g in generators])
     target, opt = contiguous(params), contiguous(vmap(init_adam)(params))
     key = ("rainbow", args.key, actions)

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
 
 from rl_lab.cli import RunArgs
+from rl_lab.distributions import Actions
+from rl_lab.networks import is_image
 from rl_lab.replay import Replay, transitions
 from rl_lab.vector import VectorEnv
 
@@ -104,3 +109,39 @@ class OffPolicyArgs(RunArgs):
         self.require("buffer_size", self.buffer_size >= least, f"at least {least}: {each}")
         first = (least - 1) // cycle * cycle
         self.require("learning_starts", self.learning_starts >= first, f"at least {first}: {each}")
+
+
+@dataclass(frozen=True)
+class DiscreteArgs(OffPolicyArgs):
+    """Flags of a training command that values each of a few actions."""
+
+    target_network_frequency: int = 500
+    """env steps between updates of the target network"""
+    bf16: bool = False
+    """compute the network of images in bfloat16, but for its heads"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        synced = self.target_network_frequency % self.steps_per_cycle == 0
+        self.require("target_network_frequency", synced, f"a multiple of {self.steps_per_cycle}, the steps of a cycle")
+
+    def actions(self, env: VectorEnv) -> Actions:
+        """The actions of `env`; a ValueError unless they are one Discrete choice, and --bf16 has images to work on."""
+        of_images = not self.bf16 or is_image(env.observation_space)
+        self.require("bf16", of_images, "off for vectors, whose small networks are faster in float32")
+        actions = Actions.of(env.action_space)
+        if actions.low or actions.shape:
+            needed = f"this command needs one Discrete action, not {env.action_space}"
+            raise ValueError(f"--env {self.env}: {needed}; rl_lab.sac has Box")
+        return actions
+
+
+def draw_noise(actions: Actions, shape: tuple[int, ...], generator: torch.Generator, epsilon: Any = 0.05) -> Tensor:
+    """Random actions (shape), int64; -1, with probability 1 - epsilon, where the policy is to act greedily.
+
+    Args:
+        epsilon: number or tensor that broadcasts to `shape`; 0.05 is what CleanRL evaluates with.
+    """
+    device = generator.device
+    choices = torch.randint(actions.num_outputs, shape, generator=generator, device=device)
+    return torch.where(torch.rand(shape, generator=generator, device=device) < epsilon, choices, -1)

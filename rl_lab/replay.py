@@ -299,10 +299,6 @@ class Replay:
         self.max_priority = torch.maximum(self.max_priority, priorities.amax(1, keepdim=True))
         self.tree.set(leaves, priorities**self.alpha)
 
-    def gather(self, indices: Tensor) -> Batch:
-        """The transitions at `indices` (S, batch)."""
-        return self._with_frames(self._whole(self.columns, indices))
-
     def _whole(self, columns: Batch, indices: Tensor) -> Batch:
         """Transitions of n steps; of stacked observations the frames' indices, and the `last` step's."""
         size = self.rows * self._width

@@ -334,7 +334,7 @@ def test_an_environment_with_masks_is_refused(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"env": "Pendulum-v1"}, "--env Pendulum-v1: DQN needs one Discrete action, not Box"),
+        ({"env": "Pendulum-v1"}, "--env Pendulum-v1: this command needs one Discrete action, not Box"),
         ({"buffer_size": 10**13}, "--buffer-size 10000000000000 needs .* GB"),
         ({"learning_starts": 9, "n_step": 11}, "--learning-starts 9 must be at least 10: a transition takes 11 steps of"),
         ({"buffer_size": 5, "n_step": 6}, "--buffer-size 5 must be at least 6: a transition takes 6 steps of each"),

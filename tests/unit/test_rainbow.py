@@ -296,5 +296,5 @@ def test_refused_flags(flags: dict[str, Any], message: str) -> None:
 
 def test_refused_environments(trained: Any) -> None:
     """Guards against Box actions rounded to choices."""
-    with pytest.raises(ValueError, match="--env Pendulum-v1: Rainbow needs one Discrete action, not Box"):
+    with pytest.raises(ValueError, match="--env Pendulum-v1: this command needs one Discrete action, not Box"):
         trained(replace(SMALL, env="Pendulum-v1"))

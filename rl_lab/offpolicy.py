@@ -81,8 +81,8 @@ class OffPolicyArgs(RunArgs):
         """The replay for `env`: stacked frames are kept once each, files survive a kill between two checkpoints.
 
         Raises:
-            ValueError: if it does not fit, the first batch would find nothing in it, --replay-folder has files of another
-                run, or none of the resumed one's, or the environment masks actions, which no target here minds.
+            ValueError: if it does not fit, the first batch would find nothing in it, --replay-folder has files of
+                another run, or none of the resumed one's, or the environment masks actions, which no target here minds.
         """
         if env.action_mask is not None:
             raise ValueError(f"--env {self.env} masks actions, which this command would not heed; rl_lab.ppo does")

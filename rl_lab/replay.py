@@ -184,7 +184,7 @@ class Replay:
         if self.device.type == "cpu" and need > room:  # elsewhere all columns were allocated as they were made
             needed, free = (f"{x / 1e9:.1f} GB" for x in (need, room))
             raise ValueError(
-                f"--resume needs {needed} more to put the replay back beside its checkpoint, {free} are free in memory; "
+                f"--resume needs {needed} more to put back the replay beside its checkpoint, {free} are free; "
                 "free as much, or resume where there is more"
             )
 

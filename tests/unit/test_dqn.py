@@ -311,7 +311,10 @@ def test_compiled_equals_eager(trained: Trained) -> None:
         ({"tau": 1.5}, r"--tau 1.5 must be in \[0, 1\]"),
         ({"end_e": -0.1}, r"--end-e -0.1 must be in \[0, 1\]"),
         ({"start_e": 0.01}, "--end-e 0.05 must be at most --start-e 0.01"),
-        ({"prioritized": True, "priority_alpha": 0.0}, "--priority-alpha 0.0 must be above 0 and at most 1 with --prior"),
+        (
+            {"prioritized": True, "priority_alpha": 0.0},
+            "--priority-alpha 0.0 must be above 0 and at most 1 with",
+        ),
         ({"priority_alpha": 0.5}, "--priority-alpha 0.5 must be left out, or with --prioritized"),
         ({"priority_beta": 0.5}, "--priority-beta 0.5 must be left out, or with --prioritized"),
         ({"priority_alpha": 2.0}, r"--priority-alpha 2.0 must be in \[0, 1\]"),
@@ -336,7 +339,7 @@ def test_an_environment_with_masks_is_refused(tmp_path: Path, monkeypatch: pytes
     [
         ({"env": "Pendulum-v1"}, "--env Pendulum-v1: this command needs one Discrete action, not Box"),
         ({"buffer_size": 10**13}, "--buffer-size 10000000000000 needs .* GB"),
-        ({"learning_starts": 9, "n_step": 11}, "--learning-starts 9 must be at least 10: a transition takes 11 steps of"),
+        ({"learning_starts": 9, "n_step": 11}, "--learning-starts 9 must be at least 10: a transition takes 11 steps"),
         ({"buffer_size": 5, "n_step": 6}, "--buffer-size 5 must be at least 6: a transition takes 6 steps of each"),
     ],
 )

@@ -361,7 +361,7 @@ def test_a_large_replay_is_read_back(stack: int, monkeypatch: pytest.MonkeyPatch
         state = first.state_dict()
         monkeypatch.setattr("rl_lab.replay.free_memory", lambda _: 100)
         if length == 4:
-            with pytest.raises(ValueError, match="--resume needs 0.0 GB more to put the replay back .* 0.0 GB are free"):
+            with pytest.raises(ValueError, match=r"--resume needs 0.0 GB more to put back the replay .* 0.0 GB are"):
                 second.load_state_dict(state)
         else:
             second.load_state_dict(state)

@@ -224,7 +224,7 @@ def test_initial_networks() -> None:
 
 def test_a_temperature_that_is_learned_is_not_given() -> None:
     """Guards against a flag without effect: a learned temperature starts from 1, as CleanRL's does."""
-    with pytest.raises(ValueError, match="--alpha 0.1 must be left out, or with --no-autotune"):
+    with pytest.raises(ValueError, match=r"--alpha 0.1 must be left out, or with --no-autotune"):
         Args(alpha=0.1)
     assert Args(alpha=0.1, autotune=False).alpha == 0.1
 

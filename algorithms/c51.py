@@ -153,7 +153,7 @@ def train(args: Args) -> Run:
     if run.saved:
         params, target, opt = on_device([run.saved[name] for name in ("params", "target", "opt")], env.device)
         collector.load_state_dict(run.saved["collector"])
-        replay.load_state_dict(run.saved["replay"])
+        replay.load_state_dict(run.saved["replay"], collector.cut)
 
     for iteration in run.iterations(args.num_iterations, args.log_every):
         env_step, rollouts, metrics = iteration * args.log_every, [], {}

@@ -207,7 +207,7 @@ def train(args: Args) -> Run:
     if run.saved:
         agent, target, opts = on_device([run.saved[name] for name in ("params", "target", "opts")], env.device)
         collector.load_state_dict(run.saved["collector"])
-        replay.load_state_dict(run.saved["replay"])
+        replay.load_state_dict(run.saved["replay"], collector.cut)
 
     def draw(*shape: int) -> Tensor:  # (S, *shape, A)
         return torch.stack([draw_noise(actions, shape, g) for g in generators])

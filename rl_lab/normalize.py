@@ -45,12 +45,16 @@ def standardize(moments: Moments, x: Tensor, clip: float) -> Tensor:
     return ((x.double() - moments["mean"]) / (moments["var"] + 1e-8).sqrt()).clamp(-clip, clip).float()
 
 
-def begin(obs: Tensor) -> tuple[dict[str, Any], Tensor]:
-    """A normaliser of one agent that has seen its first observations (N, *obs), and these normalised."""
-    seen = update_moments(init_moments(obs.shape[1:], obs.device), obs)
+def begin(obs: Tensor, normalizer: dict[str, Any] | None = None) -> tuple[dict[str, Any], Tensor]:
+    """A normaliser of one agent that has seen its episodes' first observations (N, *obs), and these normalised.
+
+    Args:
+        normalizer: the one to go on with, where all environments begin new episodes; None makes one.
+    """
+    past = normalizer or {"obs": init_moments(obs.shape[1:], obs.device), "returns": init_moments((), obs.device)}
+    seen = update_moments(past["obs"], obs)
     discounted = torch.zeros(len(obs), dtype=torch.float64, device=obs.device)
-    normalizer = {"obs": seen, "returns": init_moments((), obs.device), "discounted": discounted}
-    return normalizer, standardize(seen, obs, clip=10.0)
+    return {"obs": seen, "returns": past["returns"], "discounted": discounted}, standardize(seen, obs, clip=10.0)
 
 
 def observe(normalizer: dict[str, Any], step: Step, gamma: float, cleanrl: bool) -> tuple[dict[str, Any], Step]:

@@ -352,11 +352,13 @@ class Replay:
             state["ends"] = {"keys": torch.tensor(keys), "frames": torch.stack(last)}
         return state | ({"tree": {str(k): level for k, level in enumerate(self.tree.levels)}} if self.tree else {})
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], cut: Tensor | None = None) -> None:
         """Continue from `state_dict()` of a replay made with the same arguments, in the same folder.
 
         Columns of a full ring on this device are taken over as they are, so that no memory need hold them twice.
 
+        Args:
+            cut: (S * N, *obs) the newest row's successors, where new episodes follow it; None where these go on.
         Raises:
             ValueError: if the others are larger than the free memory.
         """
@@ -375,3 +377,9 @@ class Replay:
         if self.tree:
             for k, level in enumerate(self.tree.levels):
                 level.copy_(state["tree"][str(k)])
+        if cut is not None:
+            row = (self.written - 1) % self.rows
+            going = ~(self.columns["terminated"][row] | self.columns["truncated"][row])
+            self.columns["truncated"][row] |= going
+            for place in going.nonzero().flatten().tolist() if self.stack else ():
+                self.ends.setdefault(row, {})[place] = cut[place, -1].clone()

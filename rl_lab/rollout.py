@@ -95,6 +95,8 @@ class Collector:
         key: what `act` and `observe` close over, for the compiler's cache.
         compile: False runs everything eagerly.
         memory: a recurrent policy's before its first step, {name: (B, H)}; set to zero where an episode ends.
+    Attributes:
+        cut: (B, *obs) where the episodes of a checkpoint stood that could not go on after it, or None.
     """
 
     def __init__(
@@ -138,6 +140,7 @@ class Collector:
         self.env, self.generators = env, generators
         self.normalizer: Any = {}  # of tensors with a leading seed axis S
         self.memory = memory or {}
+        self.cut: Tensor | None = None
         self.obs = env.reset()  # (B, *obs) to act on next, as `observe` gives it
         if observe:
             self.normalizer, obs = contiguous(vmap(begin)(split_seeds(self.obs, num_seeds)))
@@ -155,9 +158,15 @@ class Collector:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`."""
-        self.env.load_state_dict(state["env"])
+        fresh = self.env.load_state_dict(state["env"])
         self.normalizer, self.obs = on_device((state["normalizer"], state["obs"]), self.env.device)
         self.memory = on_device(state.get("memory", {}), self.env.device)
+        if fresh is not None:
+            self.cut, self.obs = self.obs, fresh
+            self.memory = {name: torch.zeros_like(x) for name, x in self.memory.items()}
+            if self._observe:
+                self.normalizer, obs = contiguous(vmap(begin)(split_seeds(fresh, len(self.env.seeds)), self.normalizer))
+                self.obs = merge_seeds(obs)
         for seed, generator in zip(self.env.seeds, self.generators, strict=True):
             generator.set_state(state["generators"][str(seed)].cpu())
 

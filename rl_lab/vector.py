@@ -78,8 +78,12 @@ class VectorEnv(abc.ABC):
         """Everything needed to continue bit for bit: nested dicts of tensors and JSON values, generators included."""
 
     @abc.abstractmethod
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict()` of an environment made with the same arguments."""
+    def load_state_dict(self, state: dict[str, Any]) -> Tensor | None:
+        """Continue from `state_dict()` of an environment made with the same arguments.
+
+        Returns:
+            None; but an environment that cannot go on where it was begins new episodes, and returns what `reset` does.
+        """
 
     @property
     def action_mask(self) -> Tensor | None:

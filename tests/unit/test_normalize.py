@@ -121,3 +121,13 @@ def test_observations_enter_once_each() -> None:
     mean, var = expected(np.array([[1.0], [3.0], [5.0], [9.0], [40.0]]))
     np.testing.assert_allclose(step.obs[1], (40.0 - mean) / np.sqrt(var + 1e-8), rtol=1e-6)
     np.testing.assert_allclose(normalizer["obs"]["mean"], mean, rtol=1e-12)
+
+
+def test_new_episodes_go_on_with_the_statistics() -> None:
+    """Guards against first observations that are missed where all episodes begin anew, or a return that runs on."""
+    normalizer, _ = begin(torch.tensor([[1.0], [3.0]]))
+    normalizer["discounted"] += 5.0
+    later, obs = begin(torch.tensor([[9.0], [40.0]]), normalizer)
+    mean, var = expected(np.array([[1.0], [3.0], [9.0], [40.0]]))
+    np.testing.assert_allclose(obs, ([[9.0], [40.0]] - mean) / np.sqrt(var + 1e-8), rtol=1e-6)
+    assert later["discounted"].tolist() == [0.0, 0.0] and later["returns"] is normalizer["returns"]

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rl_lab.algorithms import ppo
+from rl_lab.algorithms import dqn, ppo
+from rl_lab.cli import Stopped
 from rl_lab.envs import make
 from rl_lab.vector import TensorEnv
 
@@ -82,6 +83,25 @@ def ppo_returns(folder: Path) -> tuple[float, float]:
     rows = gzip.decompress((folder / "episodes.csv.gz").read_bytes()).decode().splitlines()[1:]
     returns = [float(row.split(",")[1]) for row in rows]
     return sum(returns[:100]) / 100, sum(returns[-100:]) / 100
+
+
+@pytest.mark.parametrize("n_step", [1, 3])
+def test_a_simulator_that_cannot_be_saved_begins_anew(page: Path, n_step: int) -> None:
+    """Guards against a step from before the checkpoint to a new episode, and against a return that goes on into one."""
+    args = dqn.Args(
+        env="simulated:Simulated", num_envs=5, n_step=n_step, total_timesteps=100, log_every=20, train_frequency=5,
+        target_network_frequency=20, learning_starts=50, batch_size=32, buffer_size=100, stop_at=40, compile=False,
+        runs_dir=page / "runs",
+    )  # fmt: skip
+    with pytest.raises(Stopped):
+        dqn.train(args)
+    (folder,) = (page / "runs").iterdir()
+    run = dqn.train(replace(args, stop_at=0, resume=folder))
+    columns = run.state()["replay"]["columns"]
+    assert torch.equal(columns["next_obs"], columns["obs"] - torch.tensor([0, 1]))
+    assert columns["obs"][8, :, 1].tolist() == [2, 3, 4, 5, 6]  # the first after 40 steps
+    over = columns["obs"][:8, :, 1] == 1  # as the simulator says
+    assert torch.equal(columns["truncated"][:7], over[:7]) and columns["truncated"][7].all()
 
 
 def test_a_foreign_simulator_keeps_the_contract(page: Path) -> None:

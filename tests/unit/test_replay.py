@@ -370,6 +370,25 @@ def test_a_large_replay_is_read_back(stack: int, monkeypatch: pytest.MonkeyPatch
         monkeypatch.undo()
 
 
+@KINDS
+def test_a_cut_ends_an_episode(alpha: float, stack: int, n_step: int) -> None:
+    """Guards against a return, a successor or a stack that goes on into episodes begun after the checkpoint."""
+    before, after = (stream(6, 4, stack, seed) for seed in (0, 1))
+    after["actions"] += before["actions"].numel()
+    steps = {name: torch.cat([x, after[name]]) for name, x in before.items()}
+    going = ~(before["terminated"] | before["truncated"])[-1]
+    assert going.any() and not going.all()
+    steps["truncated"][5] |= going
+    first, second = (Replay(spec(stack), 2, 2, 40, GAMMA, n_step, alpha, stack) for _ in range(2))
+    first.add(before)
+    second.load_state_dict(first.state_dict(), cut=before["next_obs"][-1])
+    second.add(after)
+    batch = everything(second)
+    for seed in range(2):
+        for i, number in enumerate(batch["actions"][seed].tolist()):
+            assert_equal(batch, seed, i, rolled(steps, *divmod(number, 4), n_step))
+
+
 def assert_equal_batches(found: Batch, expected: Batch) -> None:
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], x) for name, x in expected.items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import gymnasium as gym
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rl_lab import normalize as normalization
 from rl_lab.rollout import Collector, Rollout
 from rl_lab.vector import Step, TensorEnv, VectorEnv
 
@@ -212,3 +214,44 @@ def test_state_continues_a_rollout(make_env: MakeEnv) -> None:
     collected.collect(PARAMS, noise(7))
     fresh.load_state_dict(collected.state_dict())
     assert_equal(collected.collect(PARAMS, noise(9)), fresh.collect(PARAMS, noise(9)))
+
+
+class Forgetful(Plain):
+    """The same, which cannot be continued."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> Tensor:
+        return self.reset()
+
+
+def recall(params: dict[str, Tensor], inputs: dict[str, Tensor], noise: Tensor) -> tuple[Any, ...]:
+    """Acts, and counts in its memory."""
+    return *act(params, inputs, noise), {"count": inputs["count"] + 1}
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_an_environment_that_cannot_go_on_begins_anew(normalized: bool) -> None:
+    """Guards against an action by what was seen before the checkpoint in an episode that has just begun."""
+
+    def made() -> Collector:
+        normalize = partial(normalization.observe, gamma=0.5, cleanrl=False) if normalized else None
+        memory, generators = {"count": torch.zeros(ROWS, 1)}, [torch.Generator() for _ in SEEDS]
+        return Collector(Forgetful(Counting(SEEDS, NUM_ENVS)), recall, normalize, generators, "", False, memory)
+
+    collected, resumed = made(), made()
+    last = collected.collect(PARAMS, noise(7))["next_obs"][-1]
+    ended = collected.memory["count"].squeeze(1) == 0
+    resumed.load_state_dict(collected.state_dict())
+    assert resumed.cut is not None and torch.equal(resumed.cut[~ended], last[~ended]) and not ended.all()
+    assert resumed.memory["count"].eq(0).all()
+    assert isinstance(resumed.env, Plain) and resumed.env.inner.state["episode_lengths"].eq(0).all()
+    raw = resumed.env.inner.observe(resumed.env.inner.state["physics"])
+    if normalized:
+        counts = [x.normalizer["obs"]["count"] for x in (collected, resumed)]
+        torch.testing.assert_close(counts[1] - counts[0], torch.full((2,), float(NUM_ENVS)).double())
+        means = resumed.normalizer["obs"]["mean"].repeat_interleave(NUM_ENVS, 0)
+        scales = (resumed.normalizer["obs"]["var"] + 1e-8).sqrt().repeat_interleave(NUM_ENVS, 0)
+        raw = ((raw - means) / scales).clamp(-10, 10).float()
+    torch.testing.assert_close(resumed.collect(PARAMS, noise(1))["obs"][0], raw)

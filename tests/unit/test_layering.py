@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -96,3 +97,28 @@ def test_an_algorithm_has_a_launcher_a_page_and_few_lines(path: Path) -> None:
     assert path.stem in commands()
     assert (ROOT / "docs" / f"{path.stem}.md").is_file()
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 300
+
+
+def names(path: Path) -> set[str]:
+    """What a module defines, uses, has as a key, and is called."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    fields = ("name", "id", "attr", "arg", "value")
+    found = {x for node in nodes for field in fields if isinstance(x := getattr(node, field, None), str)}
+    return found | {path.stem}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "algorithms").glob("[!_]*.py")), ids=lambda path: path.stem)
+def test_a_page_names_what_there_is(path: Path) -> None:
+    """Guards against tables that send a reader to what was renamed: to a name that the algorithm does not have, or
+    to a `Class`, `Class.name` or `module.name` that the core does not."""
+    core = [names(file) for folder in ("rl_lab", "envs") for file in (ROOT / folder).glob("*.py")]
+    own, where, unknown = names(path).union(file.stem for file in (ROOT / "rl_lab").glob("*.py")), False, []
+    for line in (ROOT / "docs" / f"{path.stem}.md").read_text(encoding="utf-8").splitlines():
+        last = line.rstrip("| ").rpartition("|")[2].strip()
+        where = (where or last == "where") and line.startswith("|")
+        for token in re.findall(r"`([a-zA-Z_.]+)`", last) if where else ():
+            parts = {*token.removesuffix(".py").split(".")}
+            elsewhere = any(parts <= module for module in core) and (len(parts) > 1 or token[0].isupper())
+            if not (parts <= own or elsewhere):
+                unknown.append(token)
+    assert unknown == []

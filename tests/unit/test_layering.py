@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from rl_lab.__main__ import commands, is_command
 
 ROOT = Path(__file__).resolve().parents[2]
+COMMANDS = frozenset(commands())
 FOLDERS = ("algorithms", "envs", "preference", "curves")
 ALLOWED = {  # importing area -> areas it may import; "contract" is rl_lab.vector, .memory and rl_lab itself
     "package": {"launcher"},  # rl_lab/__init__.py hands out `load`, on first use
@@ -27,7 +29,7 @@ def area_of_module(module: str) -> str:
     first = module.split(".")[1] if "." in module else ""
     if first in FOLDERS:
         return first
-    return "contract" if first in ("", "vector", "memory") else "launcher" if first in commands() else "core"
+    return "contract" if first in ("", "vector", "memory") else "launcher" if first in COMMANDS else "core"
 
 
 def imports(tree: ast.AST) -> set[str]:
@@ -87,14 +89,14 @@ def test_a_forbidden_import_is_found(area: str, source: str, expected: list[str]
     assert violations(area, source) == expected
 
 
-METHODS = [path for path in (ROOT / "preference").glob("[!_]*.py") if path.stem in commands()]
+METHODS = [path for path in (ROOT / "preference").glob("[!_]*.py") if path.stem in COMMANDS]
 
 
 @pytest.mark.parametrize(
     "path", sorted([*(ROOT / "algorithms").glob("[!_]*.py"), *METHODS]), ids=lambda path: path.stem
 )
 def test_an_algorithm_has_a_launcher_a_page_and_few_lines(path: Path) -> None:
-    assert path.stem in commands()
+    assert path.stem in COMMANDS
     assert (ROOT / "docs" / f"{path.stem}.md").is_file()
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 300
 
@@ -107,18 +109,22 @@ def names(path: Path) -> set[str]:
     return found | {path.stem}
 
 
+@functools.cache
+def core_names() -> list[set[str]]:
+    return [names(file) for folder in ("rl_lab", "envs") for file in (ROOT / folder).glob("*.py")]
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "algorithms").glob("[!_]*.py")), ids=lambda path: path.stem)
 def test_a_page_names_what_there_is(path: Path) -> None:
     """Guards against tables that send a reader to what was renamed: to a name that the algorithm does not have, or
     to a `Class`, `Class.name` or `module.name` that the core does not."""
-    core = [names(file) for folder in ("rl_lab", "envs") for file in (ROOT / folder).glob("*.py")]
     own, where, unknown = names(path).union(file.stem for file in (ROOT / "rl_lab").glob("*.py")), False, []
     for line in (ROOT / "docs" / f"{path.stem}.md").read_text(encoding="utf-8").splitlines():
         last = line.rstrip("| ").rpartition("|")[2].strip()
         where = (where or last == "where") and line.startswith("|")
         for token in re.findall(r"`([a-zA-Z_.]+)`", last) if where else ():
             parts = {*token.removesuffix(".py").split(".")}
-            elsewhere = any(parts <= module for module in core) and (len(parts) > 1 or token[0].isupper())
+            elsewhere = any(parts <= module for module in core_names()) and (len(parts) > 1 or token[0].isupper())
             if not (parts <= own or elsewhere):
                 unknown.append(token)
     assert unknown == []

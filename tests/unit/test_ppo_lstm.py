@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -212,6 +214,16 @@ def torch_lstm_of(agent: Params, x: Tensor, zeros: Tensor) -> Tensor:
     tensors = {f"{name.removeprefix('lstm.')}_l0": p for name, p in agent.items() if name.startswith("lstm.")}
     y, _ = torch.func.functional_call(module, tensors, (x, (zeros, zeros)))
     return y
+
+
+def test_the_memory_sees_the_newest_frame_but_every_colour() -> None:
+    space, actions = gym.spaces.Box(0, 255, (3, 84, 84), np.uint8), Actions((4,), ())
+    obs = torch.randint(0, 256, (1, 3, 84, 84), dtype=torch.uint8, generator=generator())
+    changed = obs.clone()
+    changed[:, 0] = 0
+    for stacked in (True, False):
+        params = ppo_lstm.init_params(space, actions, CLEANRL, generator(), stacked)
+        assert torch.equal(ppo_lstm.body(params, obs), ppo_lstm.body(params, changed)) == stacked
 
 
 def test_truncation_bootstraps_under_the_episodes_own_memory() -> None:

@@ -7,7 +7,7 @@
 # than the defaults:
 #   SEEDS       "1 2 3 4 5"; dpo-pairs takes the first one only
 #   PAIRS       human pairs: ../shared/data/hh-rlhf/harmless-base-test.jsonl.gz
-#   DPO_STEPS, JUDGE_STEPS, ANSWERS    of dpo-pairs: gradient steps of 8 pairs (65, 85), and prompts to answer (300)
+#   DPO_STEPS, JUDGE_STEPS, ANSWERS    of dpo-pairs: gradient steps of 8 pairs (170, 85), and prompts to answer (300)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -19,7 +19,7 @@ python=${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo py
 
 "$python" -m rl_lab.models "$model"
 
-adapter=(--lora-rank 16 --learning-rate 2e-4 --warmup 5 --batch-size 8 --max-tokens 256)
+adapter=(--lora-rank 16 --warmup 5 --batch-size 8 --max-tokens 256)
 
 source runs/train_language.sh
 keep() { "$python" -m rl_lab.curves.preference "$@"; }
@@ -51,13 +51,13 @@ for what; do
             done
             keep "dpo-$task" "${runs[@]}"
             ;;
-        dpo-pairs)  # the judge learns from 45 % of the prompts, the policy from 40 % others, the rest are for both to meet
+        dpo-pairs)  # the judge learns from 45 % of the prompts, the policy from 40 % others, the rest are answered by it
             train "runs/$what" reward_model "${seeds[0]}" --data "$pairs" --train 0 0.45 --holdout 0.85 1 \
-                "${adapter[@]}" --steps "${JUDGE_STEPS:-85}"
+                "${adapter[@]}" --learning-rate 2e-4 --steps "${JUDGE_STEPS:-85}"
             judge=$run
             keep reward-model-human-pairs "$judge"
-            train "runs/$what" dpo "${seeds[0]}" --data "$pairs" --train 0.45 0.85 --holdout 0.85 1 \
-                "${adapter[@]}" --steps "${DPO_STEPS:-65}" --micro-tokens 1024
+            train "runs/$what" dpo "${seeds[0]}" --data "$pairs" --train 0.45 0.85 --holdout 0 0.32 \
+                "${adapter[@]}" --learning-rate 3e-4 --steps "${DPO_STEPS:-170}" --micro-tokens 1024
             [[ -f $run/winrate.json ]] ||
                 "$python" -m rl_lab.winrate --policy "$run" --baseline "$model" --judge "$judge" --prompts "$pairs" \
                     --share 0.85 1 --num-prompts "${ANSWERS:-300}" --max-new-tokens 64 --json "$run/winrate.json"

@@ -88,15 +88,13 @@ class Args(RunArgs):
 CLEANRL = Args(total_timesteps=10**7, learning_rate=2.5e-4, num_envs=8, num_steps=128, clip_coef=0.1, lstm_size=128)
 
 
-def init_params(
-    space: gym.Space[Any], actions: Actions, args: Args, generator: torch.Generator, stacked: bool = True
-) -> Params:
-    """Body, memory (detail 32) and heads, orthogonal (detail 2); of `stacked` frames the body sees the newest alone."""
+def init_params(space: gym.Space[Any], actions: Actions, args: Args, generator: torch.Generator, seen: int) -> Params:
+    """Body, memory (32) and heads, orthogonal (detail 2); of an image the body sees the last `seen` channels."""
     if is_image(space):
-        params = networks.init_nature_cnn("trunk", 1 if stacked else space.shape[0], generator)
+        params, size = networks.init_nature_cnn("trunk", seen, generator), 512
     else:
-        params = init_mlp("body", (flat_size(space), 64, 64), 2**0.5, generator)
-    params |= init_lstm("lstm", 512 if is_image(space) else 64, args.lstm_size, generator)
+        params, size = init_mlp("body", (flat_size(space), 64, 64), 2**0.5, generator), 64
+    params |= init_lstm("lstm", size, args.lstm_size, generator)
     params |= init_mlp("actor", (args.lstm_size, actions.num_outputs), 0.01, generator)
     params |= init_mlp("critic", (args.lstm_size, 1), 1.0, generator)
     if actions.low:
@@ -111,7 +109,7 @@ def init_memory(params: Params, rows: int) -> Memory:
 
 
 def body(params: Params, obs: Tensor) -> Tensor:
-    """What the memory sees of observations (B, *obs): of vectors (B, 64), of stacked images the newest's (B, 512)."""
+    """What the memory sees of observations (B, *obs): of vectors (B, 64), of an image's last channels (B, 512)."""
     if "trunk.0.weight" in params:
         return networks.nature_cnn(params, "trunk", obs[:, -params["trunk.0.weight"].shape[1] :])
     return torch.tanh(mlp(params, "body", obs.flatten(1).float(), num_layers=2))
@@ -160,7 +158,8 @@ def loss(params: Params, batch: Rollout, memory: Memory, actions: Actions, args:
     outputs, values = heads(params, hidden, batch, actions)
     logprobs, entropy = logprob_and_entropy(outputs, batch["actions"], actions)
     assert logprobs.shape == batch["logprobs"].shape == batch["advantages"].shape
-    ratio = (logratio := logprobs - batch["logprobs"]).exp()
+    logratio = logprobs - batch["logprobs"]
+    ratio = logratio.exp()
 
     advantages, old_values, returns = (batch[name] for name in ("advantages", "values", "returns"))
     if args.norm_adv:
@@ -258,7 +257,8 @@ def train(args: Args) -> Run:
     env = make(args.env, args.seeds, args.num_envs, *args.make_options)
     space, actions, generators = env.observation_space, Actions.of(env.action_space), args.generators(0)
     args.require("bf16", is_image(space) or not args.bf16, "off for vectors, whose networks are small")
-    params = stack([init_params(space, actions, args, g, env.frame_stack > 0) for g in generators])
+    seen = space.shape[0] if is_image(space) and not env.frame_stack else 1  # of stacked frames the newest
+    params = stack([init_params(space, actions, args, g, seen) for g in generators])
     opt = contiguous(vmap(init_adam)({"all": vmap(pack)(params)}))
     key, memory = ("ppo_lstm", args.key, actions), init_memory(params, args.num_seeds * args.num_envs)
     collector = Collector(env, partial(act, actions=actions), None, generators, key, args.compile, memory)

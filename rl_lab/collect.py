@@ -306,7 +306,7 @@ def _require_room(folder: Path, env: VectorEnv, steps: int) -> None:
     need, room = steps * step, shutil.disk_usage(folder).free  # 10 for the reward and the two ends
     if need > room:
         raise ValueError(
-            f"{steps:,} steps take {need / 1e9:.1f} GB, {room / 1e9:.1f} GB are free: set MINARI_DATASETS_PATH"
+            f"{steps:,} steps take {need / 1e9:.1f} GB, {room / 1e9:.1f} GB are free: fewer --steps, or another disk"
         )
 
 

@@ -100,8 +100,7 @@ class Dataset:
         return normalized(returns, self.scores)
 
     def require_env(self, env_id: str, observation_space: gym.Space[Any], action_space: gym.Space[Any]) -> None:
-        """Raise a ValueError unless the data are of an environment's task, and fit its spaces."""
-        _require_task(self.name, self.env_id, env_id)
+        """Raise a ValueError unless the data fit an environment with these spaces."""
         ours, theirs = (self.observation_space, self.action_space), (observation_space, action_space)
         for what, mine, other in zip(("observations", "actions"), ours, theirs, strict=True):
             same = mine.shape == other.shape and type(mine) is type(other)
@@ -110,13 +109,6 @@ class Dataset:
             if not same:
                 where = f"; the data are of {self.env_id}" if self.env_id not in (None, env_id) else ""
                 raise ValueError(f"--env {env_id} has {what} {other}, {self.name} has {mine}{where}")
-
-
-def _require_task(name: str, own: str | None, env_id: str) -> None:
-    """Raise a ValueError for an id other than the data's own, but for its version; module:Class may be anything."""
-    task, other = (re.sub(r"-v\d+$", "", x or "") for x in (own, env_id))
-    if own and task != other and ":" not in own + env_id:
-        raise ValueError(f"--env {env_id}: {name} is of {own}, another task; leave --env out")
 
 
 def normalized(returns: Returns, scores: tuple[float, float]) -> Returns:
@@ -155,8 +147,9 @@ def load(name: str, scores: tuple[float, float] | None = None, env_id: str | Non
         raise ValueError(f"{name}: {error}") from None
     except (OSError, RuntimeError, KeyError) as error:  # HDF5 raises them, the last for a link to nothing
         raise ValueError(f"{name} cannot be read ({_line(error)}); a whole file that you may read works") from error
-    if env_id:
-        _require_task(name, source.env_id, env_id)
+    own = source.env_id or env_id or ""
+    if env_id and ":" not in own + env_id and _task(own) != _task(env_id):  # module:Class may be of any task
+        raise ValueError(f"--env {env_id}: {name} is of {own}, another task; leave --env out")
     columns, notes = _checked(name, source), list(source.notes)
     if "next_obs" not in columns:
         notes.append(_drop_time_outs(columns))
@@ -165,23 +158,28 @@ def load(name: str, scores: tuple[float, float] | None = None, env_id: str | Non
     if not (columns["terminated"] | columns["truncated"])[-1]:
         columns["truncated"][-1] = True
         notes.append("The data end within an episode; its last step counts as truncated.")
-    known, table = _scores(name, scores or source.scores, source.env_id or env_id), reference_scores(source.env_id)
+    known, table = _scores(name, scores or source.scores, own), reference_scores(own)
     if known and table and known != table:
         notes.append(
             f"Normalized scores are by {known[0]:g} and {known[1]:g}, not by D4RL's {table[0]:g} and {table[1]:g}."
         )
-    if env_id and source.env_id not in (None, env_id):
-        notes.append(f"The data are of {source.env_id}, judged in {env_id}.")
+    if env_id and env_id != own:
+        notes.append(f"The data are of {own}, judged in {env_id}.")
     spaces = source.observation_space, source.action_space
-    return Dataset(name, source.env_id or env_id, columns, *spaces, known, _checksum(columns), tuple(notes))
+    return Dataset(name, own or None, columns, *spaces, known, _checksum(columns), tuple(notes))
 
 
-def reference_scores(task: str | None) -> tuple[float, float] | None:
+def _task(env_id: str) -> str:
+    """An environment's id without its version, of which a task has several."""
+    return re.sub(r"-v\d+$", "", env_id)
+
+
+def reference_scores(task: str) -> tuple[float, float] | None:
     """D4RL's random and expert returns of a task, such as "hopper", or of an environment, such as "Hopper-v4".
 
     D4RL's are of the -v2 tasks; -v3, -v4 and -v5 have the same ones, so that all versions share a scale.
     """
-    row = _d4rl_tasks().get((task or "").partition("-")[0].lower())
+    row = _d4rl_tasks().get(task.partition("-")[0].lower())
     return (float(row["random"]), float(row["expert"])) if row else None
 
 
@@ -191,7 +189,7 @@ def _d4rl_tasks() -> dict[str, dict[str, str]]:
         return {row["task"]: row for row in csv.DictReader(file)}
 
 
-def _scores(name: str, found: tuple[float | None, float | None], env_id: str | None) -> tuple[float, float] | None:
+def _scores(name: str, found: tuple[float | None, float | None], env_id: str) -> tuple[float, float] | None:
     random, expert = found
     if random is None and expert is None:
         return reference_scores(env_id)

@@ -51,7 +51,7 @@ for what; do
             done
             keep "dpo-$task" "${runs[@]}"
             ;;
-        dpo-pairs)  # the judge learns from 45 % of the prompts, the policy from 40 % others, the rest are answered by it
+        dpo-pairs)  # the judge learns from 45 % of the prompts, the policy from 40 % others; the rest are to be answered
             train "runs/$what" reward_model "${seeds[0]}" --data "$pairs" --train 0 0.45 --holdout 0.85 1 \
                 "${adapter[@]}" --learning-rate 2e-4 --steps "${JUDGE_STEPS:-85}"
             judge=$run

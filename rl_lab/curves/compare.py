@@ -195,12 +195,8 @@ def judge(ours: Sequence[Run], reference: Reference, margin: str | None = None, 
         distinct_seeds(runs)
     scores, curves = {}, {}
     for side, runs in sides.items():
-        for run in runs:
-            if len(run.returns) < statistics.EPISODES:
-                told = f"{len(run.returns)} episodes up to step {budget:,}"
-                raise ValueError(f"{run.path} seed {run.seed} has {told}; a score takes {statistics.EPISODES}")
         if runs:
-            scores[side] = np.array([statistics.final_score(run.returns) for run in runs])
+            scores[side] = np.array([_score(run) for run in runs])
             curves[side] = np.stack([statistics.on_grid(run.steps, run.returns, budget) for run in runs])
     base = Result(
         env=first.env,
@@ -250,6 +246,13 @@ def judge(ours: Sequence[Run], reference: Reference, margin: str | None = None, 
     ]
     verdict = max((test.verdict for test in tests), key=statistics.VERDICTS.index)
     return dataclasses.replace(base, verdict=verdict, tests=tests, areas=areas, start=start, margin_reason=reason)
+
+
+def _score(run: Run) -> float:
+    try:
+        return statistics.final_score(run.returns)
+    except ValueError as error:
+        raise ValueError(f"{run.path} seed {run.seed}: {error}") from None
 
 
 def equivalence(

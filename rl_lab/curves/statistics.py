@@ -17,7 +17,6 @@ Floats = NDArray[np.float64]
 
 VERDICTS = ("better", "match", "underpowered", "worse")  # from best to worst, so the worse of two is the larger index
 LEVEL = 0.90  # two-sided: a 5 % risk on either side, the level of an equivalence test by two one-sided tests
-EPISODES = 100  # of a run that make its final score, the last ones
 GRID = 100  # points; one per hundredth of the budget
 REPETITIONS = 2_000  # of the bootstrap; the ends of a 90 % interval then move by about 2 % of its width
 POWER = 0.80  # the chance of `match` for two equal algorithms that the seeds asked for shall give
@@ -32,7 +31,7 @@ class Interval(NamedTuple):
     high: Floats
 
 
-def final_score(returns: Floats, episodes: int = EPISODES) -> float:
+def final_score(returns: Floats, episodes: int = 100) -> float:
     """Mean return of the last 100 training episodes of a run, CleanRL's figure.
 
     Args:

@@ -237,7 +237,7 @@ def test_what_is_refused_says_nothing_of_the_others(
     assert main([str(short), *good, "--reference", reference]) == 4
     shown = capsys.readouterr()
     assert "Verdict: match" in shown.out
-    assert re.search(r"ppo on Acrobot-v1: \S+Acrobot-v1__ppo__1\S+ seed 1 has 50 episodes", shown.err)
+    assert re.search(r"ppo on Acrobot-v1: \S+Acrobot-v1__ppo__1\S+ seed 1: a run has 50 episodes", shown.err)
 
 
 def test_a_published_figure_of_another_budget_has_no_difference(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def assert_digests(tensors: Params, expected: dict[str, list[float]]) -> None:
 
 
 def test_two_iterations() -> None:
-    params = ppo_lstm.init_params(gym.spaces.Box(-1, 1, (3,)), ACTIONS, ARGS, torch.Generator())
+    params = ppo_lstm.init_params(gym.spaces.Box(-1, 1, (3,)), ACTIONS, ARGS, torch.Generator(), 1)
     layout = {name: p.shape for name, p in params.items()}
     params = {name: torch.from_numpy(peers.initial(name, p.shape)) for name, p in params.items()}
     opt, memory = init_adam({"all": pack(params)}), ppo_lstm.init_memory(params, ARGS.num_envs)
@@ -107,7 +107,7 @@ def test_images() -> None:
     """Guards the network of images, and that it sees the newest of their four frames: CleanRL's was shown no other."""
     numbers, space = NUMBERS["images"], images.peers.Images.observation_space
     args = ppo_lstm.Args(**numbers["flags"], semantics="cleanrl", lstm_size=128)
-    params = ppo_lstm.init_params(space, ACTIONS, args, torch.Generator())
+    params = ppo_lstm.init_params(space, ACTIONS, args, torch.Generator(), 1)
     params = {name: torch.from_numpy(images.peers.initial(name, p.shape)) for name, p in params.items()}
     opt, memory = init_adam(params), ppo_lstm.init_memory(params, args.num_envs)
     rollout = images.stream() | {"actions": torch.tensor(numbers["rollout"]["actions"]).long()}

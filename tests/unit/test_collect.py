@@ -474,7 +474,9 @@ def test_a_full_disk_is_told(root: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     full = shutil.disk_usage(root.parent)._replace(free=10_000)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: full)
-        with pytest.raises(ValueError, match=r"800 steps take 0\.0 GB, 0\.0 GB are free: set MINARI_DATASETS_PATH"):
+        with pytest.raises(
+            ValueError, match=r"800 steps take 0\.0 GB, 0\.0 GB are free: fewer --steps, or another disk"
+        ):
             collect(RANDOM)
 
     def refuse(*_: Any) -> None:

@@ -120,7 +120,7 @@ def test_lstm_steps_are_its_sequence() -> None:
 
 def test_initialisation() -> None:
     """Guards detail 32: orthogonal columns of length 1 and zero biases; heads with gains 0.01 and 1; zero memory."""
-    params = ppo_lstm.init_params(SPACE, Actions((4,), ()), CLEANRL, generator())
+    params = ppo_lstm.init_params(SPACE, Actions((4,), ()), CLEANRL, generator(), 1)
     for part in ("ih", "hh"):
         weight = params[f"lstm.weight_{part}"]
         torch.testing.assert_close(weight.T @ weight, torch.eye(weight.shape[1]), rtol=0, atol=1e-5)
@@ -221,15 +221,15 @@ def test_the_memory_sees_the_newest_frame_but_every_colour() -> None:
     obs = torch.randint(0, 256, (1, 3, 84, 84), dtype=torch.uint8, generator=generator())
     changed = obs.clone()
     changed[:, 0] = 0
-    for stacked in (True, False):
-        params = ppo_lstm.init_params(space, actions, CLEANRL, generator(), stacked)
-        assert torch.equal(ppo_lstm.body(params, obs), ppo_lstm.body(params, changed)) == stacked
+    for seen in (1, 3):
+        params = ppo_lstm.init_params(space, actions, CLEANRL, generator(), seen)
+        assert torch.equal(ppo_lstm.body(params, obs), ppo_lstm.body(params, changed)) == (seen == 1)
 
 
 def test_truncation_bootstraps_under_the_episodes_own_memory() -> None:
     """Guards against the value of the true successor under a memory that was cleared, or not moved on."""
     args, actions = replace(SMALL, gamma=0.5, gae_lambda=0.0), Actions((4,), ())
-    params = ppo_lstm.init_params(SPACE, actions, args, generator())
+    params = ppo_lstm.init_params(SPACE, actions, args, generator(), 1)
     memory = {name: torch.randn(1, 8, generator=generator(1)) for name in ("hidden", "cell")}
     obs, next_obs = torch.randn(2, 2, 1, 5, generator=generator(2))
     no, yes = torch.tensor([[False], [False]]), torch.tensor([[True], [False]])

@@ -83,7 +83,8 @@ def test_two_steps(variant: str) -> None:
     renamed = {"q_lr": "qf_lr", "tau": "soft_target_update_rate", "num_samples": "cql_n_actions",
                "lagrange": "cql_lagrange", **{x: x for x in ("policy_lr", "cql_alpha", "backup_entropy")}}  # fmt: skip
     ours: dict[str, Any] = {name: flags[theirs] for name, theirs in renamed.items()}
-    ours |= {"target_action_gap": flags.get("cql_target_action_gap", 0.0)}
+    if flags["cql_lagrange"]:
+        ours |= {"target_action_gap": flags["cql_target_action_gap"]}
     args = cql.Args(dataset="x", **ours)
     for columns, noise, seen in zip(numbers["batches"], numbers["noise"], numbers["steps"], strict=True):
         before = opts

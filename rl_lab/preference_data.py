@@ -276,8 +276,13 @@ def place(prompt: Prompt) -> float:
 
 
 def select(examples: Iterable[Example], share: tuple[float, float]) -> list[Example]:
-    """The examples whose prompt's place lies in [share[0], share[1]); a text without a prompt has its own place."""
-    return [example for example in examples if share[0] <= place(split_by(example)) < share[1]]
+    """The examples whose prompt's place lies from share[0] up to, not including, share[1].
+
+    A share that begins above its end goes on at 0: (0.9, 0.1) is a fifth. A text without a prompt has its own place.
+    """
+    (low, high), around = share, share[0] > share[1]
+    places = ((example, place(split_by(example))) for example in examples)
+    return [example for example, x in places if (low <= x or x < high if around else low <= x < high)]
 
 
 def split_by(example: Example) -> Prompt:

@@ -63,7 +63,7 @@ class Args:
     labels: str | None = None
     """human preference pairs to audit the judge with; else those of --prompts, which must then be pairs"""
     share: tuple[float, float] = (0.9, 1.0)
-    """part of the prompts, by their places from 0 to 1, that is answered, and of the labels"""
+    """part of the prompts, by their places from 0 to 1, that is answered, and of the labels; 0.9 0.1 goes on at 0"""
     num_prompts: int = 200
     """to answer, at most; and pairs to audit the judge with"""
     max_new_tokens: int = 128
@@ -85,8 +85,8 @@ def require_valid(args: Args) -> None:
     require_sampling(args.temperature, args.max_new_tokens)
     if args.num_prompts < 1:
         raise ValueError(f"--num-prompts {args.num_prompts} must be at least 1")
-    if not 0 <= args.share[0] < args.share[1] <= 1:
-        raise ValueError(f"--share {args.share[0]} {args.share[1]} must be two rising numbers from 0 to 1")
+    if not 0 <= min(args.share) < max(args.share) <= 1:
+        raise ValueError(f"--share {args.share[0]} {args.share[1]} must be two different numbers from 0 to 1")
     endpoint = args.judge.startswith(URL)
     if endpoint and args.judge_model is None:
         raise ValueError("--judge-model is needed: the name of a model of the endpoint that --judge gives")

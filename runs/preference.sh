@@ -7,7 +7,7 @@
 # than the defaults:
 #   SEEDS       "1 2 3 4 5"; dpo-pairs takes the first one only
 #   PAIRS       human pairs: ../shared/data/hh-rlhf/harmless-base-test.jsonl.gz
-#   DPO_STEPS, JUDGE_STEPS, ANSWERS    of dpo-pairs: gradient steps of 8 pairs (170, 85), and prompts to answer (300)
+#   DPO_STEPS, JUDGE_STEPS, ANSWERS    of dpo-pairs: gradient steps of 8 pairs (170, 85), and prompts to answer (500)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -51,8 +51,8 @@ for what; do
             done
             keep "dpo-$task" "${runs[@]}"
             ;;
-        dpo-pairs)  # the judge learns from 45 % of the prompts, the policy from 40 % others; the rest are to be answered
-            train "runs/$what" reward_model "${seeds[0]}" --data "$pairs" --train 0 0.45 --holdout 0.85 1 \
+        dpo-pairs)  # the judge learns from 35 % of the prompts, the policy from 40 % others; the rest are to be answered
+            train "runs/$what" reward_model "${seeds[0]}" --data "$pairs" --train 0.1 0.45 --holdout 0.45 1 \
                 "${adapter[@]}" --learning-rate 2e-4 --steps "${JUDGE_STEPS:-85}"
             judge=$run
             keep reward-model-human-pairs "$judge"
@@ -60,7 +60,7 @@ for what; do
                 "${adapter[@]}" --learning-rate 3e-4 --steps "${DPO_STEPS:-170}" --micro-tokens 1024
             [[ -f $run/winrate.json ]] ||
                 "$python" -m rl_lab.winrate --policy "$run" --baseline "$model" --judge "$judge" --prompts "$pairs" \
-                    --share 0.85 1 --num-prompts "${ANSWERS:-300}" --max-new-tokens 64 --json "$run/winrate.json"
+                    --share 0.85 0.1 --num-prompts "${ANSWERS:-500}" --max-new-tokens 64 --json "$run/winrate.json"
             keep dpo-human-pairs "$run"
             ;;
         *)

@@ -219,6 +219,7 @@ def test_a_split_depends_on_prompts_alone() -> None:
     assert not {x.prompt for x in train} & {x.prompt for x in holdout}
     assert len(holdout) == pytest.approx(200, abs=4 * (2000 * 0.9 * 0.1) ** 0.5)
     assert select(examples[::-1], (0.9, 1.0)) == holdout[::-1]
+    assert select(examples, (0.9, 0.1)) == [x for x in examples if x in holdout or x in select(examples, (0.0, 0.1))]
     again = [x._replace(completions=("other",), where="g:1") for x in examples]
     assert [x.prompt for x in select(again, (0.9, 1.0))] == [x.prompt for x in holdout]
     assert 0 <= min(place(x.prompt) for x in examples) < max(place(x.prompt) for x in examples) < 1

@@ -332,6 +332,7 @@ def test_prompts_are_distinct_and_drawn_by_the_seed(
         ({"max_new_tokens": 0}, "--max-new-tokens 0 must be"),
         ({"num_prompts": 0}, "--num-prompts 0 must be"),
         ({"share": (0.5, 0.5)}, "--share 0.5 0.5 must be"),
+        ({"share": (0.9, -0.1)}, "--share 0.9 -0.1 must be"),
         ({"judge": "http://host/v1"}, "--judge-model is needed"),
         ({"judge_model": "gpt"}, "--judge-model and --price belong to an endpoint; --judge run is none"),
         ({"price": (1.0, 2.0)}, "--judge-model and --price belong to an endpoint"),

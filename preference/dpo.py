@@ -286,10 +286,10 @@ def train(args: Args) -> LanguageRun:
         indices = drawn(len(data), args.batch_size, args.seed, step)[rank::size]
         metrics = run.learn(parts(indices), args.batch_size)
         if run.evaluation_due:
-            report = evaluate()
+            report = run.evaluated(evaluate)
             metrics |= {"eval/loss": report["losses_loss"], "eval/accuracy": report["accuracy"]["mean"]}
         run.log(metrics, f"loss {metrics['losses/loss']:.4f}, accuracy {metrics['rewards/accuracy']:.2f}")
-    report = evaluate() | {"seconds": round(run.elapsed, 1)}
+    report = run.evaluated(evaluate) | {"seconds": round(run.elapsed, 1)}
     form = "{mean:.3f} [{low:.3f}, {high:.3f}]"
     shares = form.format(**report["accuracy"]), form.format(**report["length_baseline"])
     run.finish(f"accuracy on {len(held_out)} held-out pairs {shares[0]}, of taking the longer one {shares[1]}", report)

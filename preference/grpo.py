@@ -288,9 +288,9 @@ def train(args: Args) -> LanguageRun:
         if means["charts/cut"] > 0.5:
             note(f"note: more than half of the completions were cut at --max-new-tokens {longest}")
         if run.evaluation_due:
-            table["eval/reward"] = evaluate()
+            table["eval/reward"] = run.evaluated(evaluate)
         run.log(table, f"reward {means['charts/reward']:.3f}")
-    result = {"held_out": len(held_out), "before": before, "after": (after := evaluate())}
+    result = {"held_out": len(held_out), "before": before, "after": (after := run.evaluated(evaluate))}
     told = f"reward of {len(held_out)} held-out prompts, greedy: {before:.3f} before, {after:.3f} after"
     run.finish(told, result | {"seconds": round(run.elapsed, 1)})
     return run

@@ -216,10 +216,10 @@ def train(args: Args) -> LanguageRun:
         metrics = by_label(run.learn(parts(batch[rank::size], z_0), args.batch_size), [labels[i] for i in batch])
         metrics["losses/kl"] = float(z_0)
         if run.evaluation_due:
-            report = evaluate()
+            report = run.evaluated(evaluate)
             metrics |= {"eval/loss": report["losses_loss"], "eval/auc": report["auc"]["mean"]}
         run.log(metrics, f"loss {metrics['losses/loss']:.4f}, KL {metrics['losses/kl']:.3f}")
-    report = evaluate() | {"seconds": round(run.elapsed, 1)}
+    report = run.evaluated(evaluate) | {"seconds": round(run.elapsed, 1)}
     form = "{mean:.3f} [{low:.3f}, {high:.3f}]"
     areas = form.format(**report["auc"]), form.format(**report["length_baseline"])
     run.finish(f"AUC of {len(held_out)} held-out completions {areas[0]}, of their lengths {areas[1]}", report)

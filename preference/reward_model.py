@@ -21,6 +21,7 @@ From TRL: nothing is padded or cut off, a prompt is computed once for both its a
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -208,15 +209,15 @@ def train(args: Args) -> LanguageRun:
     items, held_out = load(args, tokenizer)
     about = {"examples": {"train": len(items), "holdout": len(held_out)}}
     run = LanguageRun(args, "reward_model", model, tokenizer, args.generators(0)[0], about)
+    evaluation = functools.partial(evaluate, model, held_out, args)
 
     for step in run.steps():
         batch = [items[i] for i in drawn(len(items), args.batch_size, args.seed, step)]
         metrics = run.learn(parts(model, batch[rank::size], args), len(targets_of(batch)))
         if run.evaluation_due:
-            report = headline(evaluate(model, held_out, args))
-            metrics |= {f"eval/{name}": x for name, x in report.items()}
+            metrics |= {f"eval/{name}": x for name, x in headline(run.evaluated(evaluation)).items()}
         run.log(metrics, f"loss {metrics['losses/loss']:.4f}, accuracy {metrics['rewards/accuracy']:.2f}")
-    report = evaluate(model, held_out, args) | {"seconds": round(run.elapsed, 1)}
+    report = run.evaluated(evaluation) | {"seconds": round(run.elapsed, 1)}
     reliability_diagram(report, run.logs.folders[0] / "reliability.png")
     run.finish("held out: " + "  ".join(f"{name}={x:.3g}" for name, x in headline(report).items()), report)
     return run

@@ -77,9 +77,9 @@ def train(args: Args) -> LanguageRun:
         batch = [data[i] for i in drawn(len(data), args.batch_size, args.seed, step)]
         metrics = run.learn(parts(batch[rank::size]), num_tokens(batch))
         if run.evaluation_due:
-            metrics["eval/perplexity"] = evaluate()
+            metrics["eval/perplexity"] = run.evaluated(evaluate)
         run.log(metrics, f"loss {metrics['losses/loss']:.4f}")
-    after = evaluate()
+    after = run.evaluated(evaluate)
     report = {"examples": len(held_out), "tokens": num_tokens(held_out), "before": before, "perplexity": after}
     told = f"perplexity of {len(held_out)} held-out completions: {before:.3f} before, {after:.3f} after"
     run.finish(told, report | {"seconds": round(run.elapsed, 1)})

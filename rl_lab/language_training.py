@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ from rl_lab.language import Tree, add_lora, load_model, load_tokenizer, save_mod
 from rl_lab.optim import fast_bf16
 from rl_lab.preference_data import Example, read, select, tokenize
 from rl_lab.run import SMALLER, BaseRun
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +190,7 @@ class LanguageRun(BaseRun):
             distributed.shard(model, args.torch_device)
         self.shard = shard
         self.model, self.tokenizer, self.generator, self._more = model, tokenizer, generator, state
+        self._evaluation: Any = None  # of the model as it is
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
             list(self.trained.values()), args.learning_rate, weight_decay=args.weight_decay, fused=True
@@ -242,7 +245,15 @@ class LanguageRun(BaseRun):
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
         self.optimizer.step()
+        self._evaluation = None
         return norm
+
+    def evaluated(self, evaluate: Callable[[], T]) -> T:
+        """What `evaluate` finds, computed once after each gradient step; not None."""
+        if self._evaluation is None:
+            self._evaluation = evaluate()
+        found: T = self._evaluation
+        return found
 
     def learn(self, parts: Iterable[dict[str, Tensor]], count: int) -> dict[str, float]:
         """One gradient step on the mean of `losses/loss`; returns the means of all measures, and the gradient's norm.

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Reproduce the offline results in the README: runs/offline.sh [TASK-SET...], such as hopper-medium-replay.
 # The data sets are the lab's own, made by runs/make_offline_data.sh. Every algorithm on every set is a step of its own:
-# skipped if its results are kept, resumed if it was interrupted. STEPS and SEEDS change the budget, ALGORITHMS="bc awac"
-# what learns.
+# skipped if its results are kept, resumed if it was interrupted. STEPS and SEEDS change the budget, in run folders of their
+# own, ALGORITHMS="bc awac" what learns.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
@@ -15,7 +15,7 @@ done
 python=${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo python3)}
 
 failed=()
-finished() { for folder; do [[ -f $folder/model.safetensors ]] || return; done; }
+finished() { local folder; for folder; do [[ -f $folder/model.safetensors ]] || return; done; }
 
 for name in "${sets[@]}"; do
     task=${name%%-*} set=${name#*-}
@@ -24,13 +24,13 @@ for name in "${sets[@]}"; do
     [[ -z ${ALGORITHMS:-} ]] || read -ra algorithms <<< "$ALGORITHMS"
     for algo in "${algorithms[@]}"; do
         echo "=== $algo on lab/$task/$set-v0"
+        folder=runs/$algo/$name${STEPS:+-$STEPS-steps}${SEEDS:+-$SEEDS-seeds}
         if compgen -G "runs/results/offline/lab-$task-$set-v0/${algo}__*.csv.gz" > /dev/null; then
-            echo "its results are kept; remove runs/results/offline/lab-$task-$set-v0/${algo}__* to train again"
+            echo "results are kept; to train again remove runs/results/offline/lab-$task-$set-v0/${algo}__* and $folder"
             continue
         fi
         steps=50000 seeds=5
         [[ $algo == cql ]] && steps=40000 seeds=3
-        folder=runs/$algo/$name
         mapfile -t folders < <(compgen -G "$folder/*__${algo}__*" || true)
         training=(--dataset "lab/$task/$set-v0" --total-timesteps "${STEPS:-$steps}" --num-seeds "${SEEDS:-$seeds}"
             --eval-every 10000 --checkpoint-every 10000 --runs-dir "$folder")

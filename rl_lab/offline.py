@@ -269,6 +269,7 @@ def _read_minari(name: str) -> Source:
         arrays["truncated"][unended] = True
         spec, ours = metadata.get("env_spec"), metadata.get("rl_lab", {})  # an id unknown to Gymnasium has no spec
         env_id = json.loads(spec)["id"] if spec else ours.get("env")
+        settings = [*_settings(json.loads(spec or "{}")), *["an eval_env_spec"] * bool(metadata.get("eval_env_spec"))]
     except ModuleNotFoundError:
         raise
     except Exception as error:  # of JSON, HDF5, Arrow and Minari, which have no base in common
@@ -277,8 +278,22 @@ def _read_minari(name: str) -> Source:
         ) from error
     scores = metadata.get("ref_min_score"), metadata.get("ref_max_score")
     told = f"{len(unended)} of {len(episodes)} episodes end neither terminated nor truncated; their last steps"
-    notes = (f"{told} count as truncated.",) if len(unended) else ()
-    return Source(env_id, arrays, data.observation_space, data.action_space, scores, notes)
+    notes = [f"{told} count as truncated."] if len(unended) else []
+    if settings:
+        told = f"The data set names {', '.join(settings)} besides {env_id}"
+        notes.append(f"{told}; agents are judged in {env_id} as it is registered.")
+    return Source(env_id, arrays, data.observation_space, data.action_space, scores, tuple(notes))
+
+
+def _settings(spec: dict[str, Any]) -> list[str]:
+    """What a recorded environment's spec has that one made by its id would not."""
+    own = gym.registry.get(spec.get("id", ""))
+    known: dict[str, Any] = own.kwargs if own else {}
+    kwargs, limit = spec.get("kwargs", {}), spec.get("max_episode_steps")
+    found = [f"{name}={x}" for name, x in kwargs.items() if name not in known or known[name] != x]
+    if own and limit != own.max_episode_steps:
+        found.append(f"max_episode_steps={limit}")
+    return found + [wrapper["name"] for wrapper in spec.get("additional_wrappers", [])]
 
 
 def _minari_folder(name: str) -> Path:

@@ -172,20 +172,22 @@ class OfflineRun(Run):
             flat = self.replay.sample(points.reshape(1, -1))
             yield {name: x.view(len(points), -1, *x.shape[2:]) for name, x in flat.items()}
 
-    def log_losses(self, metrics: dict[str, Tensor]) -> None:
+    def log_losses(self, metrics: dict[str, Tensor], bounded: bool = True) -> None:
         """Log the metrics of a gradient step, (S,) each, at the end of an interval.
 
+        Args:
+            bounded: whether Q, `q`, is a sum of rewards and nothing else.
         Raises:
-            FloatingPointError: if one is not finite, or the mean Q, `q`, is beyond what the rewards allow.
+            FloatingPointError: if one is not finite, or the mean Q of a seed is beyond what the rewards allow.
         """
         seeds, device = len(self.args.seeds), self.args.torch_device
         done, total = torch.zeros(0, seeds, dtype=torch.bool, device=device), torch.zeros(0, seeds, device=device)
         nothing = {"terminated": done, "truncated": done, "episode_returns": total, "episode_lengths": total}
         self.log(nothing, {f"losses/{name}": x for name, x in metrics.items()})
-        if "q" in metrics and self.args.gamma < 1:
+        if bounded and "q" in metrics and self.args.gamma < 1:
             most = float(self.data.columns["rewards"].abs().max()) / (1 - self.args.gamma)
             for seed, value in zip(self.args.seeds, metrics["q"].tolist(), strict=True):
-                if abs(value) > most:
+                if abs(value) > most + 1:  # an untrained network is not at 0 either, whatever the rewards' unit
                     cause = "values of actions that the data do not have feed on themselves"
                     raise self.diverged(f"Q of seed {seed} is {value:.3g}, the rewards allow {most:.3g}", cause)
 
@@ -215,7 +217,7 @@ class OfflineRun(Run):
             self.logs.scalars(index, self.end, {name: float(x[index]) for name, x in table.items()})
 
     def score(self, index: int) -> str:
-        if not self.recent[index]:
+        if not self.recent[index] or not self.args.eval_episodes:
             return "not judged"
         returns, scores = np.array(self.recent[index]), self.data.scores
         mean, best = float(returns.mean()), float(self.best[index])

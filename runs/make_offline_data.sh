@@ -19,7 +19,7 @@ python=${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo py
 there() { [[ -d $home/lab/$task/$1-v0 ]]; }
 collect() { "$python" -m rl_lab.collect --dataset "lab/$task/$1-v0" "${@:2}"; }
 
-run_folder() { compgen -G "runs/offline/${env}__sac__1__*" | head -n 1; }
+run_folder() { compgen -G "runs/offline/${env}__sac__*" | head -n 1; }
 
 train() {  # the run that ends at the medium level; its folder is $run
     run=$(run_folder) || true
@@ -60,7 +60,7 @@ END
 }
 
 combine() {  # combine SET SET NEW: in a hidden folder that Minari does not list, so that NEW is whole or not there
-    local scratch=$home/.combining
+    local scratch=$home/.combining-$task  # of its own: another task may be at it beside this one
     rm -rf "$scratch"
     mkdir -p "$scratch/lab/$task"
     ln -s "$home/lab/$task/$1-v0" "$home/lab/$task/$2-v0" "$scratch/lab/$task"

@@ -228,7 +228,8 @@ def judge(ours: Sequence[Run], reference: Reference, margin: str | None = None, 
 
     score_margin, area_margin, reason = declared_margin(first.env, margin)
     units = in_units(score_margin, scores["reference"])
-    start = statistics.departure(statistics.iqm(curves["reference"], axis=0), units)
+    offline = "data" in first.config  # whose first evaluation is of what has learned already, not a starting level
+    start = 0 if offline else statistics.departure(statistics.iqm(curves["reference"], axis=0), units)
     if start == statistics.GRID:
         base.notes.append("uninformative: the reference never leaves its starting level, so equal returns show nothing")
         return dataclasses.replace(base, verdict="informative", start=start, margin_reason=reason)

@@ -42,7 +42,7 @@ READING = """
 IQM of D4RL's normalized scores over seeds, with its 95 % interval: the last parameters, 100 episodes of likeliest
 actions; seeds × gradient steps. The verdict and P, the chance that a run is above one of BC, are against BC on the same
 data ([how](docs/offline.md)). In brackets what CORL reports after a million gradient steps on D4RL's set of this name:
-other data, unless the row is D4RL's file itself (…-v2), which says whether it is within our interval.
+other data, unless the row is D4RL's file itself (…-v2): after as many steps it says whether that is in our interval.
 `runs/offline.sh` makes the rows again; [runs/results/offline](runs/results/offline) has every episode."""
 
 
@@ -116,16 +116,22 @@ def table(results: dict[str, dict[str, Cell]]) -> str:
     rows = [["data set", *(NAMES[algo] for algo in shown)], ["---", *["---:"] * len(shown)]]
     for data, row in results.items():
         cells = [data]
-        namesake = re.sub(r"^.*?((?:halfcheetah|hopper|walker2d)-.+)-v\d+$", r"\1-v2", data)  # of D4RL's
+        named = data.replace("_", "-")  # D4RL's files are hopper_medium_replay-v2.hdf5
+        namesake = re.sub(r"^.*?((?:halfcheetah|hopper|walker2d)-.+)-v\d+$", r"\1-v2", named)
         for algo in shown:
             known, told = theirs.get((algo, namesake)), ""
-            if known and algo in row and data == namesake:
+            if known and algo in row and named == namesake and comparable(row[algo]):
                 _, low, high = map(float, interval(row[algo].scores))
                 told = ", within" if low <= float(known) <= high else ", outside"
             bracket = f" ({float(known):.1f}{told})" if known else ""
             cells.append((_cell(row[algo]) if algo in row else "–") + bracket)
         rows.append(cells)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows) + READING
+
+
+def comparable(cell: Cell) -> bool:
+    """Whether a result is of CORL's budget, and of enough seeds for an interval."""
+    return cell.steps == 1_000_000 and len(cell.scores) > 1
 
 
 def algorithms(results: dict[str, dict[str, Cell]]) -> list[str]:
@@ -177,8 +183,12 @@ def place(runs: list[Run]) -> Path:
     margin(config, last_scores(runs, config))
     folder = FOLDER / store.set_name(str(data["name"]))
     for kept in folder.glob("*__*.csv.gz"):
-        if store.provenance(kept)["data"]["checksum"] != data["checksum"]:
+        note = store.provenance(kept)
+        if note["data"]["checksum"] != data["checksum"]:
             raise ValueError(f"{kept} is of other data of this name than {first}: remove it, or train on its data")
+        if (note["env"], note["data"]["scores"]) != (config["env"], data["scores"]):
+            told = f"judged in {note['env']} by the scores {note['data']['scores']}"
+            raise ValueError(f"{kept} was {told}, {first} in {config['env']} by {data['scores']}: remove one of them")
     return folder
 
 

@@ -76,9 +76,15 @@ def keep(runs: Sequence[Run], target: Path) -> Path:
         lines += [f"{run.seed},{int(t)},{r:.9g}" for t, r in zip(run.steps, run.returns, strict=True)]
     target.mkdir(parents=True, exist_ok=True)
     path = target / f"{first.script}__{first.env}.csv.gz"
-    path.write_bytes(gzip.compress("\n".join([*lines, ""]).encode(), mtime=0))
-    path.with_name(f"{first.script}__{first.env}.json").write_text(json.dumps(note, indent=1) + "\n")
+    _replace(path.with_name(f"{first.script}__{first.env}.json"), (json.dumps(note, indent=1) + "\n").encode())
+    _replace(path, gzip.compress("\n".join([*lines, ""]).encode(), mtime=0))  # last: results are there if it is
     return path
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    path.with_suffix(".new").write_bytes(content)
+    path.with_suffix(".new").replace(path)
 
 
 def judge_all(folder: Path) -> list[Result]:

@@ -177,6 +177,23 @@ def test_a_reference_that_never_learns_is_uninformative(tmp_path: Path) -> None:
     assert any(note.startswith("uninformative: the reference never leaves") for note in result.notes)
 
 
+def test_a_run_on_data_counts_from_its_first_evaluation() -> None:
+    """Cloned behaviour is there before it is played: that its curve is flat says nothing against the comparison."""
+    steps = np.repeat(np.arange(10_000, 50_001, 10_000), 20)
+    generator = np.random.default_rng(0)
+    learned = {"data": {"name": "lab/hopper/medium-v0"}}
+
+    def side(level: float, algo: str, seeds: range) -> list[store.Run]:
+        returns = [level + generator.normal(0, 5, len(steps)) for _ in seeds]
+        return [
+            store.Run(Path("run"), "Hopper-v4", algo, seed, steps, x, 50_000, learned)
+            for seed, x in zip(seeds, returns, strict=True)
+        ]
+
+    result = judge(side(2500, "iql", range(5)), Reference("bc", side(1500, "bc", range(5))))
+    assert result.verdict == "better" and result.start == 0 and len(result.tests) == 2
+
+
 @pytest.mark.parametrize(
     ("ours", "message"),
     [

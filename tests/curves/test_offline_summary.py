@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +21,20 @@ SPAN = SCORES[1] - SCORES[0]
 
 
 def keep(
-    folder: Path, algo: str, scores: list[float], name: str = "lab-hopper-medium-v0", env: str = "Hopper-v4"
+    folder: Path,
+    algo: str,
+    scores: list[float],
+    name: str = "lab-hopper-medium-v0",
+    env: str = "Hopper-v4",
+    steps: int = 50000,
 ) -> None:
     """Results as they are kept: an early evaluation of 10 episodes, and the last of 100 around each seed's score."""
     spread = np.random.default_rng(0).normal(0, 5, 100)
     lines = ["seed,global_step,episodic_return"]
     for seed, score in enumerate(scores):
         returns = SCORES[0] + SPAN * (score + spread - spread.mean()) / 100
-        lines += [f"{seed},10000,0.0"] * 10 + [f"{seed},50000,{x!r}" for x in returns.tolist()]
-    note = {"algo": algo, "env": env, "total_timesteps": 50000, "data": {"scores": SCORES, "checksum": "a"}}
+        lines += [f"{seed},10000,0.0"] * 10 + [f"{seed},{steps},{x!r}" for x in returns.tolist()]
+    note = {"algo": algo, "env": env, "total_timesteps": steps, "data": {"scores": SCORES, "checksum": "a"}}
     (folder / name).mkdir(parents=True, exist_ok=True)
     (folder / name / f"{algo}__{env}.csv.gz").write_bytes(gzip.compress("\n".join([*lines, ""]).encode()))
     (folder / name / f"{algo}__{env}.json").write_text(json.dumps(note))
@@ -62,10 +70,15 @@ def test_margins_are_in_points_of_the_score(tmp_path: Path) -> None:
 
 
 def test_d4rls_own_file_is_held_against_corl(tmp_path: Path) -> None:
-    keep(tmp_path, "bc", [52.0, 53.0, 54.0], "hopper-medium-v2")
-    keep(tmp_path, "iql", [20.0, 20.1, 20.2], "hopper-medium-v2")
+    """After as many steps, and with an interval; of one seed or another budget the figure stands alone."""
+    name = "hopper_medium-v2"  # as D4RL's file is named
+    keep(tmp_path, "bc", [52.0, 53.0, 54.0], name, steps=1_000_000)
+    keep(tmp_path, "iql", [20.0, 20.1, 20.2], name, steps=1_000_000)
+    keep(tmp_path, "td3_bc", [20.0], name, steps=1_000_000)
+    keep(tmp_path, "cql", [20.0, 20.1, 20.2], name)
     (line,) = offline.table(offline.judge_all(tmp_path)).splitlines()[2:3]
-    assert "(53.5, within)" in line and "(67.5, outside)" in line
+    assert "(53.5, within)" in line and "(67.5, outside)" in line and line.count("side)") == 1
+    assert "(60.4)" in line and "(59.1)" in line
 
 
 def run_folder(folder: Path, data: str, episodes: int, steps: int = 50000, **args: Any) -> Path:
@@ -95,6 +108,10 @@ def test_what_cannot_stand_in_the_table_is_not_kept(tmp_path: Path, monkeypatch:
     keep(kept, "bc", [50.0])
     with pytest.raises(SystemExit, match=r"bc__Hopper-v4.csv.gz is of other data of this name"):
         offline.main((run_folder(tmp_path, "b", 100),))
+    keep(kept, "bc", [50.0], env="Hopper-v5")
+    with pytest.raises(SystemExit, match=r"bc__Hopper-v5.csv.gz was judged in Hopper-v5 by .*: remove one of them"):
+        offline.main((run_folder(tmp_path, "a", 100),))
+    (kept / "lab-hopper-medium-v0/bc__Hopper-v5.csv.gz").unlink()
     offline.main((run_folder(tmp_path, "a", 100),))
     assert offline.judge_all(kept)["lab-hopper-medium-v0"]["iql"].scores == pytest.approx([100.0])
 
@@ -109,6 +126,49 @@ def test_sets_without_bc_or_a_published_figure_are_shown(tmp_path: Path) -> None
     assert lines[:2] == ["| data set | BC | IQL |", "| --- | ---: | ---: |"]
     assert lines[2].startswith("| my-own-v3 | – |") and lines[3].startswith("| one-seed-v0 | 10.0, 1 × 50k |")
     assert png(offline.draw(results)).startswith(b"\x89PNG")
+
+
+RECIPE = Path(__file__).parents[2] / "runs/offline.sh"
+STUB = """#!/usr/bin/env bash
+# Stands for Python: what is called, and a run folder of each of two seeds, the first time an unfinished one.
+echo "$@" >> calls
+[[ $2 == rl_lab.curves.offline ]] && exit
+while (($#)); do [[ $1 == --runs-dir ]] && folder=$2; shift; done
+for seed in 1 2; do
+    run=${folder:-runs/bc/hopper-medium}/Hopper-v4__bc__${seed}__1
+    mkdir -p "$run"
+    [[ ! -f interrupt ]] || continue
+    touch "$run/model.safetensors"
+done
+[[ ! -f interrupt ]] || { rm interrupt; exit 130; }
+"""
+
+
+def test_the_recipe_goes_on_and_keeps_what_it_went_on_with(tmp_path: Path) -> None:
+    """Interrupted, resumed, already finished: the results of the same two runs are kept; a budget has its own."""
+    (tmp_path / "runs").mkdir()
+    shutil.copy(RECIPE, tmp_path / "runs")
+    (tmp_path / "python").write_text(STUB)
+    (tmp_path / "python").chmod(0o755)
+    (tmp_path / "interrupt").touch()
+
+    def calls(**environ: str) -> list[str]:
+        """What a call of the recipe calls in turn."""
+        (tmp_path / "calls").write_text("")
+        variables = os.environ | {"PYTHON": str(tmp_path / "python"), "ALGORITHMS": "bc"} | environ
+        subprocess.run([tmp_path / "runs/offline.sh", "hopper-medium"], env=variables, check=False)
+        return (tmp_path / "calls").read_text().splitlines()
+
+    folder = "runs/bc/hopper-medium"
+    both = f"{folder}/Hopper-v4__bc__1__1 {folder}/Hopper-v4__bc__2__1"
+    (training,) = calls()
+    assert training.startswith("-m rl_lab.bc --dataset lab/hopper/medium-v0 --total-timesteps 50000 --num-seeds 5")
+    resumed = f"-m rl_lab.bc --resume {folder}/Hopper-v4__bc__1__1"
+    assert calls() == [resumed, f"-m rl_lab.curves.offline {both}"]
+    assert calls() == [f"-m rl_lab.curves.offline {both}"]
+    training, keeping = calls(STEPS="9", SEEDS="2")
+    assert "--total-timesteps 9 --num-seeds 2" in training
+    assert keeping == "-m rl_lab.curves.offline " + both.replace("medium/", "medium-9-steps-2-seeds/")
 
 
 def test_other_runs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -383,6 +383,21 @@ def test_what_a_data_set_describes_is_not_run(monkeypatch: pytest.MonkeyPatch) -
         load(ID)
 
 
+def test_settings_of_the_recorded_environment_are_told() -> None:
+    """An agent is judged in what the id alone makes."""
+    folder = write_minari()
+    edit_metadata(folder, env_spec=gym.spec("Pendulum-v1").to_json())
+    assert load(ID).notes == ()
+    spec = gym.make("Pendulum-v1", g=2.0, max_episode_steps=50).spec
+    assert spec
+    edit_metadata(folder, env_spec=spec.to_json(), eval_env_spec=spec.to_json())
+    (note,) = load(ID).notes
+    assert note == (
+        "The data set names g=2.0, max_episode_steps=50, an eval_env_spec besides Pendulum-v1; agents are judged in "
+        "Pendulum-v1 as it is registered."
+    )
+
+
 def test_a_missing_set_is_named_with_the_command(home: Path) -> None:
     with pytest.raises(ValueError) as error:
         load("mujoco/hopper/medium-v0")

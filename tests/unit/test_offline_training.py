@@ -161,6 +161,8 @@ def test_without_reference_scores_and_without_judgement(lucky: Lucky, tmp_path: 
     run = bc.train(arguments(bc, tmp_path / "played", total_timesteps=20))
     assert "normalized" not in run.score(0) and "best evaluation" in run.score(0)
     assert bc.train(arguments(bc, tmp_path / "not", total_timesteps=20, eval_episodes=0)).score(0) == "not judged"
+    # Not of the parameters before the last either.
+    assert bc.train(arguments(bc, tmp_path / "early", total_timesteps=60, eval_episodes=0)).score(0) == "not judged"
 
 
 def test_every_agent_draws_all_of_the_data(lucky: Lucky, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -343,6 +345,14 @@ def test_divergence_stops_with_its_cause(
         algorithm.train(arguments(algorithm, tmp_path))
     (folder,) = tmp_path.iterdir()  # the run is there to be looked at
     assert json.loads((folder / "config.json").read_text())["algo"] == algorithm.__name__.rpartition(".")[2]
+
+
+def test_rewards_of_any_unit_are_no_divergence(lucky: Lucky, tmp_path: Path, monkeypatch: Any) -> None:
+    """A task in which nothing was reached yet allows no Q but 0, which no untrained network has."""
+    data = lucky(50)
+    unrewarded = replace(data, columns=data.columns | {"rewards": torch.zeros_like(data.columns["rewards"])})
+    monkeypatch.setattr("rl_lab.offline_training.load", lambda *_: unrewarded)
+    assert td3_bc.train(arguments(td3_bc, tmp_path, eval_episodes=0)).score(0) == "not judged"
 
 
 @pytest.mark.parametrize("algorithm", EVERY, ids=[a.__name__.rpartition(".")[2] for a in EVERY])

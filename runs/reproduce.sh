@@ -46,14 +46,15 @@ esac
 (($# == 0)) || envs=("$@")
 python=${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo python3)}
 
-run_folders() { compgen -G "runs/$algo/${env}__${algo}__*"; }
+run_folders() { compgen -G "runs/$algo/${name}__${algo}__*"; }
 finished() { for folder; do [[ -f $folder/model.safetensors ]] || return; done; }
 stop=${ATARI_STOP:-${atari_stop:-0}}
 
 for env in "${envs[@]}"; do
     echo "=== $algo on $env"
-    if compgen -G "runs/results/$algo/*__$env.csv.gz" > /dev/null; then
-        echo "its results are kept; remove runs/results/$algo/*__$env.* to train again"
+    name=${env//[\/:]/-}  # as folders and files are named
+    if compgen -G "runs/results/$algo/*__$name.csv.gz" > /dev/null; then
+        echo "results are kept; to train again remove runs/results/$algo/*__$name.* and runs/$algo/${name}__*"
         continue
     fi
     mapfile -t folders < <(run_folders)
@@ -67,6 +68,6 @@ for env in "${envs[@]}"; do
         "$python" -m "rl_lab.$algo" --resume "${folders[0]}" "${until[@]}"
     fi
     # 0 to 3 are verdicts, and a verdict is a finding; anything else is a fault.
-    "$python" -m rl_lab.compare "${folders[@]}" --report "runs/$algo/$env.html" || (($? <= 3))
+    "$python" -m rl_lab.compare "${folders[@]}" --report "runs/$algo/$name.html" || (($? <= 3))
     "$python" -m rl_lab.curves.summary "$algo" "${folders[@]}"
 done

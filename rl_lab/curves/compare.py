@@ -124,7 +124,11 @@ def in_units(margin: str | float, reference: Floats) -> float:
         size = float("nan")
     if not 0 < size < float("inf"):
         raise ValueError(f"--margin {text}: give a share of the reference such as 20%, or return units such as 25")
-    return size / 100 * abs(float(statistics.iqm(reference))) if text.endswith("%") else size
+    if text.endswith("%"):
+        size *= abs(float(statistics.iqm(reference))) / 100
+        if not size:
+            raise ValueError(f"--margin {text}: the reference's IQM is 0, give return units such as 25")
+    return size
 
 
 def common_budget(runs: Sequence[Run]) -> int:

@@ -101,8 +101,8 @@ def t_quantile(probability: float, freedom: int) -> float:
     return math.sqrt(freedom) * math.tan(np.interp(2 * probability - 1, mass / mass[-1], angle))
 
 
-def widening(runs: int) -> float:
-    """Factor by which bootstrap deviations are stretched for `runs` seeds: 1.45 for 5, 1.17 for 10, 1.05 for 30.
+def widening(runs: int, level: float = LEVEL) -> float:
+    """Factor by which bootstrap deviations are stretched for R runs: 1.45 for 5, 1.17 for 10, 1.05 for 30 at 90 %.
 
     The bootstrap treats the spread seen in R runs as the true one. As for a mean, sqrt(R / (R - 1)) corrects that
     spread and t / z the uncertainty about it [the "narrowness bias" of Hesterberg 2015,
@@ -110,27 +110,27 @@ def widening(runs: int) -> float:
     """
     if runs < 2:
         return math.inf
-    tail = (1 + LEVEL) / 2
+    tail = (1 + level) / 2
     return math.sqrt(runs / (runs - 1)) * t_quantile(tail, runs - 1) / _STANDARD_NORMAL.inv_cdf(tail)
 
 
-def _deviations(scores: Floats, generator: np.random.Generator) -> Floats:
+def _deviations(scores: Floats, generator: np.random.Generator, level: float = LEVEL) -> Floats:
     """(B, ...) bootstrap deviations of the IQM of (..., R) scores, stretched for few runs; not a number for one run."""
     with np.errstate(invalid="ignore"):  # infinity times no spread
-        return widening(scores.shape[-1]) * (iqm(resample(scores, generator)) - iqm(scores))
+        return widening(scores.shape[-1], level) * (iqm(resample(scores, generator)) - iqm(scores))
 
 
-def _interval(estimate: Floats, deviations: Floats) -> Interval:
-    low, high = np.quantile(deviations, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+def _interval(estimate: Floats, deviations: Floats, level: float = LEVEL) -> Interval:
+    low, high = np.quantile(deviations, [(1 - level) / 2, (1 + level) / 2], axis=0)
     unbounded = np.isnan(low)
     return Interval(
         estimate, np.where(unbounded, -math.inf, estimate + low), np.where(unbounded, math.inf, estimate + high)
     )
 
 
-def iqm_interval(scores: Floats, generator: np.random.Generator) -> Interval:
-    """IQM of (..., R) scores with its 90 % interval; of (G, R) curves: the sample-efficiency curve, pointwise."""
-    return _interval(iqm(scores), _deviations(scores, generator))
+def iqm_interval(scores: Floats, generator: np.random.Generator, level: float = LEVEL) -> Interval:
+    """IQM of (..., R) scores with its interval; of (G, R) curves: the sample-efficiency curve, pointwise."""
+    return _interval(iqm(scores), _deviations(scores, generator, level), level)
 
 
 def difference_interval(ours: Floats, reference: Floats, generator: np.random.Generator) -> Interval:

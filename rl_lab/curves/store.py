@@ -203,10 +203,10 @@ def _load_csv(path: Path) -> list[Run]:
         )
     if name[3] is not None:
         return [_run(path, name[2], name[1], int(name[3]), table)]
-    budget = provenance(path).get("total_timesteps")
-    seeds = table["seed"]
+    note, seeds = provenance(path), table["seed"]
+    env, budget = str(note.get("env", name[2])), note.get("total_timesteps")
     return [
-        _run(path, name[2], name[1], int(s), {k: column[seeds == s] for k, column in table.items()}, budget)
+        _run(path, env, name[1], int(s), {k: column[seeds == s] for k, column in table.items()}, budget)
         for s in np.unique(seeds)
     ]
 

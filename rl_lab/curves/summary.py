@@ -16,10 +16,10 @@ import gzip
 import io
 import json
 import math
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import NormalDist
 
 import matplotlib
 import numpy as np
@@ -75,8 +75,9 @@ def keep(runs: Sequence[Run], target: Path) -> Path:
     for run in sorted(runs, key=lambda run: run.seed):
         lines += [f"{run.seed},{int(t)},{r:.9g}" for t, r in zip(run.steps, run.returns, strict=True)]
     target.mkdir(parents=True, exist_ok=True)
-    path = target / f"{first.script}__{first.env}.csv.gz"
-    _replace(path.with_name(f"{first.script}__{first.env}.json"), (json.dumps(note, indent=1) + "\n").encode())
+    name = f"{first.script}__{re.sub('[/:]', '-', first.env)}"  # as run folders are named
+    path = target / f"{name}.csv.gz"
+    _replace(target / f"{name}.json", (json.dumps(note, indent=1) + "\n").encode())
     _replace(path, gzip.compress("\n".join([*lines, ""]).encode(), mtime=0))  # last: results are there if it is
     return path
 
@@ -98,15 +99,10 @@ def judge_all(folder: Path) -> list[Result]:
 
 
 def interval(scores: Floats) -> Interval:
-    """IQM of (..., R) scores with its interval at LEVEL, stretched for few runs as the harness's are; one has none."""
-    runs, tail = scores.shape[-1], (1 + LEVEL) / 2
-    if runs == 1:
+    """IQM of (..., R) scores with its interval at LEVEL, as the harness's are; one run is its own."""
+    if scores.shape[-1] == 1:
         return Interval(scores[..., 0], scores[..., 0], scores[..., 0])
-    stretch = math.sqrt(runs / (runs - 1)) * statistics.t_quantile(tail, runs - 1) / NormalDist().inv_cdf(tail)
-    iqm = statistics.iqm(scores)
-    deviations = statistics.iqm(statistics.resample(scores, np.random.default_rng(0))) - iqm
-    low, high = np.quantile(deviations, [1 - tail, tail], axis=0) * stretch
-    return Interval(iqm, iqm + low, iqm + high)
+    return statistics.iqm_interval(scores, np.random.default_rng(0), LEVEL)
 
 
 def table(results: Sequence[Result], algo: str) -> str:
@@ -135,13 +131,16 @@ def table(results: Sequence[Result], algo: str) -> str:
 
 
 def insert(readme: Path, algo: str, text: str) -> None:
-    """Put `text` between the markers of `algo` in a Markdown file.
+    """Put `text` between the markers of `algo` in a Markdown file; where it has none, say so.
 
     Raises:
-        ValueError: if they are not there, once each and in order.
+        ValueError: if they are not there once each and in order.
     """
     begin, end = f"<!-- results:{algo} -->\n", f"<!-- /results:{algo} -->\n"
     head, *rest = readme.read_text(encoding="utf-8").split(begin)
+    if not rest and end not in head:
+        print(f"{readme} has no place for this table: the lines {begin.strip()} and {end.strip()}", file=sys.stderr)
+        return
     if len(rest) != 1 or rest[0].count(end) != 1:
         raise ValueError(f"{readme} needs the lines {begin.strip()} and {end.strip()} once each, the table between")
     readme.write_text(head + begin + text + "\n" + end + rest[0].split(end)[1], encoding="utf-8")

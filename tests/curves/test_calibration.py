@@ -121,7 +121,7 @@ def test_false_alarms_stay_below_five_percent(shape: str, seeds: int) -> None:
 @pytest.mark.parametrize("shape", ["normal", "skewed", "bimodal"])
 def test_few_seeds_need_the_widening(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (false_alarms(shape, 3, 3) <= 0.055).all()
-    monkeypatch.setattr(statistics, "widening", lambda runs: 1.0)
+    monkeypatch.setattr(statistics, "widening", lambda runs, level: 1.0)
     print("\nwithout widening:", end="")
     assert (false_alarms(shape, 3, 3) > 0.10).all()
     false_alarms(shape, 10, 5)

@@ -294,6 +294,8 @@ def test_margins_in_units() -> None:
     scores = np.array([-100.0, -80, -120, -90, -110])  # IQM -100
     assert in_units("20%", scores) == pytest.approx(20)
     assert in_units(25.0, scores) == in_units("25", scores) == 25
+    with pytest.raises(ValueError, match=r"--margin 20%: the reference's IQM is 0, give return units such as 25"):
+        in_units("20%", np.zeros(5))
 
 
 def test_notes_tell_what_a_reader_must_know(tmp_path: Path, reference: str, capsys: pytest.CaptureFixture[str]) -> None:

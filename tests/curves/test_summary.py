@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 from pathlib import Path
@@ -154,10 +155,24 @@ def test_the_command_replaces_what_stands_between_the_markers(here: Path, capsys
     assert (here / "runs/results/ppo.png").read_bytes().startswith(b"\x89PNG")
     summary.main("ppo")
     assert readme.read_text() == text
+    for end in (1, 3):  # torn
+        readme.write_text(torn := "<!-- results:ppo -->\n" + "<!-- /results:ppo -->\n" * (end - 1))
+        with pytest.raises(SystemExit, match=r"README.md needs the lines <!-- results:ppo -->"):
+            summary.main("ppo")
+        assert readme.read_text() == torn
     readme.write_text("no markers\n")
-    with pytest.raises(SystemExit, match=r"README.md needs the lines <!-- results:ppo -->"):
-        summary.main("ppo")
+    capsys.readouterr()
+    summary.main("ppo")  # which ends no recipe: the results are kept, and the next environment's turn comes
+    assert "README.md has no place for this table: the lines <!-- results:ppo -->" in capsys.readouterr().err
     assert readme.read_text() == "no markers\n"
+
+
+def test_an_id_with_a_slash_is_kept_and_judged(here: Path) -> None:
+    runs = train(Path("runs/ppo"), "MinAtar-Breakout-v1", 500_000, "Discrete", (10.0, 11.0))
+    runs = [dataclasses.replace(run, env="MinAtar/Breakout-v1") for run in runs]
+    assert summary.keep(runs, Path("kept")) == Path("kept/ppo__MinAtar-Breakout-v1.csv.gz")
+    (result,) = summary.judge_all(Path("kept"))
+    assert (result.env, result.verdict) == ("MinAtar/Breakout-v1", "no reference")
 
 
 def test_the_readme_shows_the_results_kept() -> None:

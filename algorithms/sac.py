@@ -216,7 +216,7 @@ def train(args: Args) -> Run:
     where = args.make_options
     env = make(args.env, args.seeds, args.num_envs, *where)
     actions, obs_size, generators = Actions.of(env.action_space), flat_size(env.observation_space), args.generators(0)
-    if not actions.low or not all(map(math.isfinite, actions.low + actions.high)):
+    if not actions.bounded:
         space = f"--env {args.env}: SAC needs actions in a bounded Box, not {env.action_space}"
         raise ValueError(f"{space}; rl_lab.dqn takes Discrete ones, and a wrapper can bound a Box")
     agents = [init_params(obs_size, actions, 1.0 if args.autotune else args.alpha, g) for g in generators]

@@ -84,6 +84,8 @@ class GymnasiumEnv(VectorEnv):
                 f"observation space {space} is refused, it must be a Box: gymnasium.wrappers.FlattenObservation makes "
                 "it one, with Discrete parts one-hot; apply it yourself and hand in a vector of the result"
             )
+        if space.dtype.kind == "u" and space.dtype != np.uint8:
+            raise ValueError(f"observation space {space} is refused: unsigned numbers must be uint8")
         if not isinstance(actions, Discrete | MultiDiscrete | Box) or np.any(getattr(actions, "start", 0)):
             raise ValueError(f"action space {actions} is refused: use Discrete or MultiDiscrete from 0, or Box")
         pairs = [(seed, i) for seed in self.seeds for i in range(num_envs)]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,15 +37,21 @@ class Actions:
                 return cls((int(space.n),), ())
             case gym.spaces.MultiDiscrete() if space.nvec.ndim == 1 and not space.start.any():
                 return cls(tuple(int(n) for n in space.nvec), space.shape)
-            case gym.spaces.Box():
+            case gym.spaces.Box() if space.shape and np.issubdtype(space.dtype, np.floating):
                 low, high = (tuple(float(x) for x in bound.flatten()) for bound in (space.low, space.high))
                 return cls((len(low),), space.shape, low, high)
-        raise ValueError(f"actions are Discrete, MultiDiscrete (both starting at 0) or Box, not {space}")
+        known = "Discrete, MultiDiscrete (both starting at 0) or a Box of floating numbers with one axis or more"
+        raise ValueError(f"actions are {known}, not {space}")
 
     @property
     def num_outputs(self) -> int:
         """A, what the network puts out."""
         return sum(self.sizes)
+
+    @property
+    def bounded(self) -> bool:
+        """Whether they are in a Box that has a finite width in every component."""
+        return bool(self.low) and all(0 < high - low < math.inf for low, high in zip(self.low, self.high, strict=True))
 
 
 def draw_noise(actions: Actions, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

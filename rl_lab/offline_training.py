@@ -9,7 +9,6 @@ report it is to choose by the test.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
@@ -90,8 +89,7 @@ def open_dataset(args: A) -> tuple[A, Dataset]:
 def bounded_actions(args: OfflineArgs, env: VectorEnv) -> Actions:
     """The environment's actions; a ValueError unless they have bounds."""
     actions = Actions.of(env.action_space)
-    bounded = bool(actions.low) and all(map(math.isfinite, actions.low + actions.high))
-    args.require("env", bounded, f"one with actions in a bounded Box, not {env.action_space}")
+    args.require("env", actions.bounded, f"one with actions in a bounded Box, not {env.action_space}")
     return actions
 
 

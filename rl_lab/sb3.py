@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import re
 import zipfile
 from dataclasses import dataclass
@@ -144,7 +143,7 @@ def _check_spaces(
         given = f"{width} numbers in {spaces[0]}"
         raise ValueError(f"{path} was trained on observations of {given}; the environment gives {observation_space}")
     bounds = {"low": actions.low, "high": actions.high}
-    if size != actions.num_outputs or not all(map(math.isfinite, actions.low + actions.high)) or not actions.low:
+    if size != actions.num_outputs or not actions.bounded:
         raise ValueError(f"{path} acts with {size} bounded numbers; the environment's actions are {actions}")
     for name, bound in bounds.items():
         trained = [float(x) for x in re.findall(r"[^\s\[\],]+", str(data["action_space"].get(name)))]

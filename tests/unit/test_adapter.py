@@ -79,6 +79,7 @@ def test_next_step_autoreset_is_refused() -> None:
     [
         ({"observation_space": gym.spaces.Discrete(3)}, "FlattenObservation"),
         ({"observation_space": gym.spaces.Dict(a=BOX)}, "must be a Box"),
+        ({"observation_space": gym.spaces.Box(0, 9, (2,), np.uint16)}, "unsigned numbers must be uint8"),
         ({"action_space": gym.spaces.MultiBinary(3)}, "MultiBinary"),
         ({"action_space": gym.spaces.Discrete(3, start=1)}, "from 0"),
         ({"action_space": gym.spaces.MultiDiscrete([3, 3], start=[0, 1])}, "from 0"),

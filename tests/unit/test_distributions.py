@@ -1,11 +1,13 @@
-"""Distributions of returns on fixed atoms; those of actions are tested with PPO."""
+"""Distributions of returns on fixed atoms, and which actions there are; distributions of these are tested with PPO."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from gymnasium.spaces import Box
 
-from rl_lab.distributions import of_action, project
+from rl_lab.distributions import Actions, of_action, project
 
 SPREAD = [0.1, 0.2, 0.4, 0.2, 0.1]
 
@@ -50,6 +52,17 @@ def test_projection_keeps_mass_and_mean() -> None:
     assert 100 < inside.sum() < 900
     mean = rewards + discounts * (probabilities @ atoms)
     torch.testing.assert_close((found @ atoms)[inside], mean[inside], rtol=0, atol=1e-4)
+
+
+def test_boxes_of_actions() -> None:
+    """Whole numbers would be cut from what a policy draws, and a scalar has no axis to put components on."""
+    for space in (Box(0, 10, (2,), np.int64), Box(-1, 1, ())):
+        with pytest.raises(ValueError, match="a Box of floating numbers with one axis or more, not Box"):
+            Actions.of(space)
+    assert Actions.of(Box(-1, 1, (2, 3))).bounded
+    for low, high in ((-np.inf, 1), (-np.inf, np.inf), (0, 0)):  # of no width there is no logarithm
+        assert not Actions.of(Box(np.array([-1, low], np.float32), np.array([1, high], np.float32))).bounded
+    assert not Actions((4,), ()).bounded
 
 
 def test_of_action() -> None:

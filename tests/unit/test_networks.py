@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import re
+
+import numpy as np
 import pytest
 import torch
+from gymnasium.spaces import Box
 from torch import nn
 
-from rl_lab.networks import init_mlp, mlp
+from rl_lab.networks import flat_size, init_mlp, mlp
+
+
+def test_images_are_no_vectors() -> None:
+    """Grids of objects are, however many there are of them; frames that only lack their preprocessing are not."""
+    for shape, dtype in (((7, 7, 3), np.uint8), ((16, 16, 20), np.uint8), ((40, 40), np.float32), ((128,), np.uint8)):
+        assert flat_size(Box(0, 255, shape, dtype)) == np.prod(shape)
+    for shape in ((210, 160, 3), (84, 84, 1), (84, 84), (3, 64, 64)):
+        with pytest.raises(ValueError, match=rf"observations {re.escape(str(shape))} of bytes are images: .*Pong"):
+            flat_size(Box(0, 255, shape, np.uint8))
 
 
 def test_orthogonal_initialisation() -> None:

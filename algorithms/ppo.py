@@ -73,7 +73,7 @@ class Args(RunArgs):
     def __post_init__(self) -> None:
         super().__post_init__()
         batch = self.num_envs * self.num_steps
-        self.require("total_timesteps", self.num_iterations > 0, f"num_envs * num_steps = {batch} or more")
+        self.require_rollouts(batch)
         divides = batch % self.num_minibatches == 0
         self.require("num_minibatches", divides, f"a divisor of num_envs * num_steps = {batch}")
         pairs = not self.norm_adv or 2 * self.num_minibatches <= batch

@@ -153,6 +153,12 @@ class RunArgs(BaseArgs):
         judged = self.until_return is None or (math.isfinite(self.until_return) and self.eval_every > 0)
         self.require("until_return", judged, "finite, with --eval-every above 0")
 
+    def require_rollouts(self, steps: int) -> None:
+        """Raise a ValueError unless rollouts of so many steps make up the budget, but for 2 % that are left out."""
+        enough = self.total_timesteps % steps <= self.total_timesteps / 50
+        wanted = f"a multiple of num_envs * num_steps = {steps}, or at most 2 % above one"
+        self.require("total_timesteps", enough, wanted)
+
     def require_room(self, env: VectorEnv, num_envs: int, num_steps: int, hidden: int) -> None:
         """Raise a ValueError that says how many environments would fit, unless rollouts and their updates do.
 
@@ -271,7 +277,7 @@ def parse(
     given = {name: tuple(x) if isinstance(x, list) else x for name, x in given.items()}
     saved = args_type(**given)
     args = _parse(argv, args_type, saved)
-    free = {"checkpoint_every"}
+    free = {"checkpoint_every", "replay_folder"}  # its files may have been moved, or its path be a relative one
     if args.total_steps > saved.total_steps and not saved.annealed:
         free.add("total_timesteps")
     for name in sorted(fields - free):

@@ -35,7 +35,7 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("--num-envs 0", "--num-envs 0 must be at least 1"),
         ("--num-minibatches 3", r"--num-minibatches 3 must be a divisor of num_envs \* num_steps = 32"),
         ("--num-minibatches 32", "--num-minibatches 32 must be at most 16: --norm-adv needs two samples"),
-        ("--total-timesteps 31", r"--total-timesteps 31 must be num_envs \* num_steps = 32 or more"),
+        ("--total-timesteps 31", r"--total-timesteps 31 must be a multiple of num_envs \* num_steps = 32, or at"),
         ("--num-seeds 0", "--num-seeds 0 must be at least 1"),
         ("--seed -1", "--seed -1 must be at least 0"),
         ("--seed 9223372036854775807 --num-seeds 2", "--seed 9223372036854775807 must be below 2[*][*]63"),

@@ -516,6 +516,7 @@ def test_whole_games_are_logged(trained: Any, tmp_path: Path) -> None:
     [
         ({"num_minibatches": 3}, "--num-minibatches 3 .* 512"),
         ({"total_timesteps": 511}, "--total-timesteps 511 .* 512"),
+        ({"total_timesteps": 532}, "--total-timesteps 532 must be a multiple of .* = 512, or at most 2 %"),
         ({"num_envs": 0}, "--num-envs 0 .* 1"),
     ],
 )

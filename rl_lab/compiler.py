@@ -22,6 +22,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -316,7 +317,7 @@ def _compile(
 
 @cache
 def _toolchain() -> tuple[str, ...]:
-    """What a compiled graph depends on besides its function: sources, torch, processor, threads."""
+    """What a compiled graph depends on besides its function: sources, packages, processor, threads."""
     root, sources = Path(__file__).parent, hashlib.sha256()
     for path in sorted(root.glob("*.py")):
         if path.stem not in _NEVER_TRACED:  # sources of environments and algorithms are in their own keys
@@ -324,4 +325,5 @@ def _toolchain() -> tuple[str, ...]:
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     flags = {line for line in cpuinfo.splitlines() if line.startswith(("flags", "Features"))}
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return sources.hexdigest(), torch.__version__, repr(sorted(flags)), gpu, str(torch.get_num_threads())
+    versions = torch.__version__, version("gymnasium")  # whose constants classic control takes
+    return sources.hexdigest(), *versions, repr(sorted(flags)), gpu, str(torch.get_num_threads())

@@ -191,10 +191,11 @@ class TensorEnv(VectorEnv):
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What a compiled `dynamics` depends on: the class, its module's source and the instance's plain settings."""
+        """What a compiled `dynamics` depends on: the class, sources of it and its bases, the plain settings."""
         plain = {name: x for name, x in vars(self).items() if isinstance(x, int | float | str | bool | tuple)}
-        source = inspect.getsource(sys.modules[type(self).__module__])
-        return type(self).__qualname__, source, sorted(plain.items(), key=str)
+        modules = {base.__module__ for base in type(self).__mro__ if issubclass(base, TensorEnv)}
+        sources = [inspect.getsource(sys.modules[name]) for name in sorted(modules)]
+        return type(self).__qualname__, sources, sorted(plain.items(), key=str)
 
     @property
     def episode_returns(self) -> Tensor:  # type: ignore[override]

@@ -119,6 +119,13 @@ def test_a_foreign_simulator_keeps_the_contract(page: Path) -> None:
     assert env.episode_lengths.tolist() == [1, 3, 3]
 
 
+def test_a_compiled_task_is_told_by_its_bases_too(page: Path) -> None:
+    """A change to the module of a base class makes other dynamics of the same class."""
+    (page / "heavy.py").write_text("import point\n\n\nclass Heavy(point.Point):\n    pass\n")
+    key = make("heavy:Heavy", (1,), 1).key  # type: ignore[attr-defined]
+    assert any("def transition" in source and "class Point" in source for source in key[1])
+
+
 def test_what_names_no_environment_is_refused(page: Path) -> None:
     with pytest.raises(ValueError, match="point:Nothing cannot be made"):
         make("point:Nothing", (1,), 1)

@@ -88,13 +88,14 @@ class OffPolicyArgs(RunArgs):
             raise ValueError(f"--env {self.env} masks actions, which this command would not heed; rl_lab.ppo does")
         self._require_first_batch(n_step + bool(env.frame_stack))
         if self.replay_folder:
+            if any(self.replay_folder.glob("replay.*")) != (self.resume is not None):
+                found = "has files of a run: name another folder, or remove them if that run is not needed"
+                missing = "has none of the run's files: say where they are"
+                raise ValueError(f"--replay-folder {self.replay_folder} {missing if self.resume else found}")
             try:
                 self.replay_folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise ValueError(f"--replay-folder {self.replay_folder}: {error}") from None
-            if any(self.replay_folder.glob("replay.*")) != (self.resume is not None):
-                found = "has none of the run's files" if self.resume else "has files of another run"
-                raise ValueError(f"--replay-folder {self.replay_folder} {found}; name the right one")
         # Twice what comes between checkpoints: a run may have to go on from the one before its newest.
         spare = 2 * (self.checkpoint_every + self.log_every) // self.num_envs + 1 if self.replay_folder else 0
         return Replay(

@@ -197,7 +197,10 @@ class Replay:
             size = math.prod(shape) * dtype.itemsize
             if fresh := not path.exists():
                 with open(path, "wb") as file:
-                    os.posix_fallocate(file.fileno(), 0, size)  # a full disk shows here
+                    if hasattr(os, "posix_fallocate"):  # not on macOS
+                        os.posix_fallocate(file.fileno(), 0, size)  # a full disk shows here
+                    else:
+                        file.truncate(size)
             if path.stat().st_size != size:
                 raise ValueError(f"{path} has another size: keep --buffer-size and --checkpoint-every as they were")
             self._files.append(np.memmap(path, kind, "r+", shape=shape))

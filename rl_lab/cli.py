@@ -157,7 +157,7 @@ class RunArgs(BaseArgs):
         """Raise a ValueError unless rollouts of so many steps make up the budget, but for 2 % that are left out."""
         enough = self.total_timesteps % steps <= self.total_timesteps / 50
         wanted = f"a multiple of num_envs * num_steps = {steps}, or at most 2 % above one"
-        self.require("total_timesteps", enough, wanted)
+        self.require("total_timesteps", enough, f"{wanted}: {math.ceil(self.total_timesteps / steps) * steps} is next")
 
     def require_room(self, env: VectorEnv, num_envs: int, num_steps: int, hidden: int) -> None:
         """Raise a ValueError that says how many environments would fit, unless rollouts and their updates do.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,6 +109,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             console.print(f"\nReport: {write_report(results, args.report)}")
     except (ValueError, OSError) as error:
         refuse(str(error))
+        return BAD_INPUT
+    except Exception:  # a fault of ours; Python's 1 means `worse` here
+        traceback.print_exc()
         return BAD_INPUT
     except SystemExit as stop:  # 2, argparse's code for a bad command line, means `underpowered` here
         return BAD_INPUT if stop.code else 0

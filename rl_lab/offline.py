@@ -293,7 +293,7 @@ def _settings(spec: dict[str, Any]) -> list[str]:
     found = [f"{name}={x}" for name, x in kwargs.items() if name not in known or known[name] != x]
     if own and limit != own.max_episode_steps:
         found.append(f"max_episode_steps={limit}")
-    return found + [wrapper["name"] for wrapper in spec.get("additional_wrappers", [])]
+    return found + [wrapper["name"] for wrapper in spec.get("additional_wrappers") or []]
 
 
 def _minari_folder(name: str) -> Path:

@@ -232,7 +232,8 @@ def judge(ours: Sequence[Run], reference: Reference, margin: str | None = None, 
 
     score_margin, area_margin, reason = declared_margin(first.env, margin)
     units = in_units(score_margin, scores["reference"])
-    offline = "data" in first.config  # whose first evaluation is of what has learned already, not a starting level
+    # Of a run on data the first evaluation is of what has learned already, not a starting level.
+    offline = "data" in {**first.config, **store.provenance(first.path)}
     start = 0 if offline else statistics.departure(statistics.iqm(curves["reference"], axis=0), units)
     if start == statistics.GRID:
         base.notes.append("uninformative: the reference never leaves its starting level, so equal returns show nothing")

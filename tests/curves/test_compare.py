@@ -290,6 +290,14 @@ def test_an_undeclared_margin_is_asked_for(tmp_path: Path, capsys: pytest.Captur
     assert main([*ours, "--reference", str(folder), "--margin", "20%"]) == 0
 
 
+def test_a_fault_is_no_verdict(tmp_path: Path, reference: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("rl_lab.compare.compare", broken)
+    assert main([*runs(tmp_path, 480, 3), "--reference", reference]) == 4
+
+
 def test_margins_in_units() -> None:
     scores = np.array([-100.0, -80, -120, -90, -110])  # IQM -100
     assert in_units("20%", scores) == pytest.approx(20)

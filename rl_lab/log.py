@@ -315,12 +315,19 @@ def provenance() -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    """The commit of the checkout this file lies in, with "-dirty" if tracked files differ from it."""
+    """The commit of the checkout this file lies in, with "-dirty" if tracked files differ from it.
+
+    But for those that recipes write, README.md's tables and runs/results: a run does not depend on them.
+    """
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():  # an installed package may lie in somebody else's repository
         return None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    code = (".", ":(exclude)README.md", ":(exclude)runs/results")
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        commit, changed = (
+            subprocess.run(["git", *command], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+            for command in (("rev-parse", "HEAD"), ("diff", "--name-only", "HEAD", "--", *code))
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
+    return f"{commit}-dirty" if changed else commit

@@ -279,12 +279,26 @@ def test_a_full_disk_names_the_file_and_leaves_it_readable(
     assert [event.step for event in events(log.folders[0])] == ([0, 10, 20] if kind == "events" else [0, 10])
 
 
-def test_git_commit_is_that_of_the_checkout() -> None:
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        pytest.skip("not a git checkout")
-    head = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-    assert log_module._git_commit() in (head.stdout.strip(), head.stdout.strip() + "-dirty")
+def test_git_commit_is_that_of_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table that a recipe wrote makes no other code; a changed line does."""
+    (tmp_path / "rl_lab").mkdir()
+    for name in ("rl_lab/log.py", "README.md"):
+        (tmp_path / name).write_text("as it was\n")
+    monkeypatch.setattr(log_module, "__file__", str(tmp_path / "rl_lab/log.py"))
+    assert log_module._git_commit() is None
+
+    def git(*command: str) -> str:
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        return subprocess.run(["git", *who, *command], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
+    git("init")
+    git("add", ".")
+    git("commit", "--message", "first")
+    head = git("rev-parse", "HEAD").strip()
+    (tmp_path / "README.md").write_text("a table\n")
+    assert log_module._git_commit() == head
+    (tmp_path / "rl_lab/log.py").write_text("changed\n")
+    assert log_module._git_commit() == head + "-dirty"
 
 
 def test_progress_in_a_file_prints_plain_lines_ten_seconds_apart(

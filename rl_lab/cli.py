@@ -277,7 +277,7 @@ def parse(
     given = {name: tuple(x) if isinstance(x, list) else x for name, x in given.items()}
     saved = args_type(**given)
     args = _parse(argv, args_type, saved)
-    free = {"checkpoint_every", "replay_folder"}  # its files may have been moved, or its path be a relative one
+    free = {"checkpoint_every"}
     if args.total_steps > saved.total_steps and not saved.annealed:
         free.add("total_timesteps")
     for name in sorted(fields - free):

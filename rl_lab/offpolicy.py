@@ -45,6 +45,8 @@ class OffPolicyArgs(RunArgs):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.replay_folder:  # a resumed run may start elsewhere
+            object.__setattr__(self, "replay_folder", self.replay_folder.absolute())
         either = self.num_envs % self.train_frequency == 0 or self.train_frequency % self.num_envs == 0
         self.require("train_frequency", either, f"a multiple or a divisor of --num-envs {self.num_envs}")
         whole = self.log_every % self.steps_per_cycle == 0
@@ -90,7 +92,7 @@ class OffPolicyArgs(RunArgs):
         if self.replay_folder:
             if any(self.replay_folder.glob("replay.*")) != (self.resume is not None):
                 found = "has files of a run: name another folder, or remove them if that run is not needed"
-                missing = "has none of the run's files: say where they are"
+                missing = "has none of the run's files: put them back"
                 raise ValueError(f"--replay-folder {self.replay_folder} {missing if self.resume else found}")
             try:
                 self.replay_folder.mkdir(parents=True, exist_ok=True)

@@ -348,3 +348,10 @@ def test_refused_before_a_run_exists(tmp_path: Path, flags: dict[str, Any], mess
     with pytest.raises(ValueError, match=message):
         dqn.train(replace(SMALL, runs_dir=tmp_path / "runs", **flags))
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_relative_replay_folder_is_one_wherever_a_run_is_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert Args(replay_folder=Path("files")).replay_folder == tmp_path / "files"

@@ -23,9 +23,9 @@ def flat_size(space: gym.Space[Any]) -> int:
     """Numbers in one observation; ValueError unless the space is a Box, and of no images."""
     if not isinstance(space, gym.spaces.Box):
         raise ValueError(f"observations must be in a Box space, not {space}; a Gymnasium wrapper can flatten them")
-    if space.dtype == np.uint8 and sorted(space.shape)[-2:-1] >= [32]:  # two sides; grids of objects are smaller
+    if space.dtype == np.uint8 and len(space.shape) > 1 and sorted(space.shape)[-2] >= 32:  # grids of objects are less
         what = f"observations {space.shape} of bytes are images"
-        raise ValueError(f"{what}: the network of images takes (C, 84, 84), as PongNoFrameskip-v4 gives them")
+        raise ValueError(f"{what}: rl_lab.dqn and rl_lab.ppo have a network for (C, 84, 84), as PongNoFrameskip-v4's")
     return math.prod(space.shape)
 
 

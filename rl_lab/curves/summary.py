@@ -143,7 +143,7 @@ def insert(readme: Path, algo: str, text: str) -> None:
         return
     if len(rest) != 1 or rest[0].count(end) != 1:
         raise ValueError(f"{readme} needs the lines {begin.strip()} and {end.strip()} once each, the table between")
-    readme.write_text(head + begin + text + "\n" + end + rest[0].split(end)[1], encoding="utf-8")
+    _replace(readme, (head + begin + text + "\n" + end + rest[0].split(end)[1]).encode())
 
 
 def draw(results: Sequence[Result]) -> Figure:

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import gzip
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -71,21 +72,24 @@ class RunLog:
     def create(cls, runs_dir: Path, env_id: str, algo: str, seeds: Sequence[int], config: dict[str, Any]) -> RunLog:
         """Make the run folders; config.json gets `config` and what it takes to do the run again.
 
-        Raises:
-            ValueError: if a folder exists; the others are not left behind.
+        They are named by the second in which the run began, or by the next one for which none of them exists, as runs
+        of one script often begin at once. A failure leaves none behind.
         """
-        created = int(time.time())
-        group = [run_name(env_id, algo, seed, created) for seed in seeds]
-        config = {**config, "env": env_id, "algo": algo, "seeds": list(seeds), "group": group, "created": created}
-        config |= provenance()
+        runs_dir.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as undo:
+            for created in itertools.count(int(time.time())):
+                group = [run_name(env_id, algo, seed, created) for seed in seeds]
+                try:
+                    for name in group:
+                        (runs_dir / name).mkdir()
+                        undo.callback(shutil.rmtree, runs_dir / name)
+                    break
+                except FileExistsError:
+                    undo.close()
+            config = {**config, "env": env_id, "algo": algo, "seeds": list(seeds), "group": group, "created": created}
+            config |= provenance()
             for name, seed in zip(group, seeds, strict=True):
                 folder = runs_dir / name
-                try:
-                    folder.mkdir(parents=True)
-                except FileExistsError:
-                    raise ValueError(f"run folder {folder} exists: wait a second or use other seeds") from None
-                undo.callback(shutil.rmtree, folder)
                 version = Event(wall_time=time.time(), file_version="brain.Event:2")
                 (folder / _events_name(config, seed)).write_bytes(_record(version))
                 (folder / "episodes.csv.gz").write_bytes(_gzip_member(b"global_step,episodic_return,episodic_length\n"))

@@ -122,14 +122,6 @@ def test_runs_dir(lab: Lab, tmp_path: Path) -> None:
     assert_one_line(ended, "--runs-dir .*/runs: .*Permission denied", status=1)
 
 
-def test_run_folder_exists(lab: Lab, tmp_path: Path) -> None:
-    at_once = "import time; time.time = lambda: 1_800_000_000.0"
-    (folder,) = lab.trained(tmp_path, before=at_once)
-    first = contents(tmp_path)
-    assert_one_line(lab.train(tmp_path, before=at_once), f"run folder {folder} exists: wait a second", status=1)
-    assert contents(tmp_path) == first
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

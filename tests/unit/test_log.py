@@ -96,16 +96,15 @@ def test_folders_and_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert log.config["seed"] == 4
 
 
-def test_a_folder_that_exists_is_left_alone_and_no_other_is_made(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_runs_begun_in_one_second_have_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "time", lambda: 1700000000.0)
     taken = tmp_path / "CartPole-v1__ppo__2__1700000000"
     taken.mkdir()
     (taken / "mine").touch()
-    with pytest.raises(ValueError, match=f"{taken} exists"):
-        make(tmp_path, (1, 2))
-    assert list(tmp_path.iterdir()) == [taken] and [path.name for path in taken.iterdir()] == ["mine"]
+    log = make(tmp_path, (1, 2))
+    assert log.config["created"] == 1700000001 and [path.name for path in taken.iterdir()] == ["mine"]
+    assert log.config["group"] == [f"CartPole-v1__ppo__{seed}__1700000001" for seed in (1, 2)]
+    assert {path.name for path in tmp_path.iterdir()} == {taken.name, *log.config["group"]}  # no half of a group
 
 
 def test_a_failure_half_way_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

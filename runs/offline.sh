@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Reproduce the offline results in the README: runs/offline.sh [TASK-SET...], such as hopper-medium-replay.
 # The data sets are the lab's own, made by runs/make_offline_data.sh. Every algorithm on every set is a step of its own:
-# skipped if its results are kept, resumed if it was interrupted. STEPS and SEEDS change the budget, in run folders of their
-# own, ALGORITHMS="bc awac" what learns.
+# skipped if its results are kept, resumed if it was interrupted. ALGORITHMS="bc awac" changes what learns, STEPS and SEEDS
+# the budget: such runs have folders of their own and are not kept, so that the table is of one budget.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
@@ -14,7 +14,7 @@ done
 (($# == 0)) || sets=("$@")
 python=${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo python3)}
 
-failed=()
+failed=() budget=${STEPS:-}${SEEDS:-}
 finished() { local folder; for folder; do [[ -f $folder/model.safetensors ]] || return; done; }
 
 for name in "${sets[@]}"; do
@@ -25,7 +25,7 @@ for name in "${sets[@]}"; do
     for algo in "${algorithms[@]}"; do
         echo "=== $algo on lab/$task/$set-v0"
         folder=runs/$algo/$name${STEPS:+-$STEPS-steps}${SEEDS:+-$SEEDS-seeds}
-        if compgen -G "runs/results/offline/lab-$task-$set-v0/${algo}__*.csv.gz" > /dev/null; then
+        if [[ -z $budget ]] && compgen -G "runs/results/offline/lab-$task-$set-v0/${algo}__*.csv.gz" > /dev/null; then
             echo "results are kept; to train again remove runs/results/offline/lab-$task-$set-v0/${algo}__* and $folder"
             continue
         fi
@@ -38,7 +38,7 @@ for name in "${sets[@]}"; do
         # One that diverges does so again when resumed; the others go on.
         if ((${#folders[@]} > 0)) && finished "${folders[@]}" || "$python" -m "rl_lab.$algo" "${training[@]}"; then
             mapfile -t folders < <(compgen -G "$folder/*__${algo}__*")
-            "$python" -m rl_lab.curves.offline "${folders[@]}"
+            [[ -n $budget ]] || "$python" -m rl_lab.curves.offline "${folders[@]}"
         else
             (($? < 128)) || exit 130  # stopped by a signal
             failed+=("$algo on $name")

@@ -178,12 +178,14 @@ def place(runs: list[Run]) -> Path:
         raise ValueError(f"{first} is of {runs[0].algo}; the table has {', '.join(NAMES)}")
     if config["args"].get("fraction", 1.0) != 1.0:
         raise ValueError(f"{first} learned from a part of the data (--fraction); the table's BC learns from all")
-    if data["scores"] is None:
-        raise ValueError(f"{first} has no reference scores: train with --scores RANDOM EXPERT")
     margin(config, last_scores(runs, config))
     folder = FOLDER / store.set_name(str(data["name"]))
     for kept in folder.glob("*__*.csv.gz"):
         note = store.provenance(kept)
+        budget, new = ((len(of["seeds"]), of["total_timesteps"]) for of in (note, config))
+        if note["algo"] == runs[0].algo and budget != new:
+            told = "{} seeds × {:,} gradient steps, {} is of {} × {:,}".format(*budget, first, *new)
+            raise ValueError(f"{kept} is of {told}: remove it to keep the other")
         if note["data"]["checksum"] != data["checksum"]:
             raise ValueError(f"{kept} is of other data of this name than {first}: remove it, or train on its data")
         if (note["env"], note["data"]["scores"]) != (config["env"], data["scores"]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -13,6 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rl_lab import cli
+from rl_lab.algorithms import bc, cql
+from rl_lab.collect import Args, collect
 from rl_lab.curves import offline
 from rl_lab.curves.plot import png
 
@@ -34,7 +38,8 @@ def keep(
     for seed, score in enumerate(scores):
         returns = SCORES[0] + SPAN * (score + spread - spread.mean()) / 100
         lines += [f"{seed},10000,0.0"] * 10 + [f"{seed},{steps},{x!r}" for x in returns.tolist()]
-    note = {"algo": algo, "env": env, "total_timesteps": steps, "data": {"scores": SCORES, "checksum": "a"}}
+    note = {"algo": algo, "env": env, "total_timesteps": steps, "seeds": list(range(len(scores)))}
+    note |= {"data": {"scores": SCORES, "checksum": "a"}}
     (folder / name).mkdir(parents=True, exist_ok=True)
     (folder / name / f"{algo}__{env}.csv.gz").write_bytes(gzip.compress("\n".join([*lines, ""]).encode()))
     (folder / name / f"{algo}__{env}.json").write_text(json.dumps(note))
@@ -108,6 +113,11 @@ def test_what_cannot_stand_in_the_table_is_not_kept(tmp_path: Path, monkeypatch:
     keep(kept, "bc", [50.0])
     with pytest.raises(SystemExit, match=r"bc__Hopper-v4.csv.gz is of other data of this name"):
         offline.main((run_folder(tmp_path, "b", 100),))
+    keep(kept, "iql", [50.0, 60.0], steps=100_000)
+    told = r"iql__Hopper-v4.csv.gz is of 2 seeds × 100,000 gradient steps, \S+ is of 1 × 50,000: remove it"
+    with pytest.raises(SystemExit, match=told):
+        offline.main((run_folder(tmp_path, "a", 100),))
+    (kept / "lab-hopper-medium-v0/iql__Hopper-v4.csv.gz").unlink()
     keep(kept, "bc", [50.0], env="Hopper-v5")
     with pytest.raises(SystemExit, match=r"bc__Hopper-v5.csv.gz was judged in Hopper-v5 by .*: remove one of them"):
         offline.main((run_folder(tmp_path, "a", 100),))
@@ -128,6 +138,39 @@ def test_sets_without_bc_or_a_published_figure_are_shown(tmp_path: Path) -> None
     assert png(offline.draw(results)).startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("source", ["d4rl", "minari"])
+def test_from_a_data_set_to_the_table(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """BC and CQL learn from a file as D4RL's and from a Minari set, are judged, kept, and stand in the README."""
+    h5py = pytest.importorskip("h5py", reason="data sets need h5py")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("rl_lab.envs.mujoco_tasks.Task.max_episode_steps", 10)
+    if source == "d4rl":
+        name, numbers = "halfcheetah_medium-v2.hdf5", np.random.default_rng(0)
+        with h5py.File(name, "w") as file:
+            for key, width in (("observations", 17), ("next_observations", 17), ("actions", 6)):
+                file[key] = numbers.uniform(-1, 1, (64, width)).astype(np.float32)
+            file["rewards"] = numbers.normal(size=64).astype(np.float32)
+            file["terminals"], file["timeouts"] = np.zeros(64, bool), np.arange(64) % 16 == 15
+    else:
+        pytest.importorskip("minari", reason="Minari's sets need minari")
+        monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "sets"))
+        name = "lab/halfcheetah/medium-v0"
+        collect(Args(dataset=name, env="HalfCheetah-v4", random=True, steps=60))
+    Path("README.md").write_text("<!-- results:offline -->\n<!-- /results:offline -->\n")
+    flags = ["--dataset", name, "--total-timesteps=20", "--log-every=10", "--batch-size=8", "--num-seeds=2"]
+    for algorithm in (bc, cql):
+        monkeypatch.setattr(algorithm, "HIDDEN", (8, 8))
+        args = cli.parse([*flags, "--no-compile", "--device=cpu"], algorithm.Args, algorithm.defaults)
+        offline.main(tuple(algorithm.train(args).logs.folders))
+    lines = Path("README.md").read_text().splitlines()
+    row = "halfcheetah_medium-v2" if source == "d4rl" else "lab-halfcheetah-medium-v0"
+    cell = r"-?\d+\.\d \[-?\d+\.\d, -?\d+\.\d\], 2 × 0k"
+    assert lines[1] == "| data set | BC | CQL |"
+    assert re.fullmatch(rf"\| {row} \| {cell} \(42\.4\) \| {cell}: \w+, P \d\.\d\d \(47\.0\) \|", lines[3]), lines[3]
+    note = json.loads(next(Path("runs/results/offline").glob("*/cql*.json")).read_text())
+    assert note["env"] == "HalfCheetah-v4" and note["data"]["scores"] == [-280.178953, 12135.0]
+
+
 RECIPE = Path(__file__).parents[2] / "runs/offline.sh"
 STUB = """#!/usr/bin/env bash
 # Stands for Python: what is called, and a run folder of each of two seeds, the first time an unfinished one.
@@ -145,7 +188,7 @@ done
 
 
 def test_the_recipe_goes_on_and_keeps_what_it_went_on_with(tmp_path: Path) -> None:
-    """Interrupted, resumed, already finished: the results of the same two runs are kept; a budget has its own."""
+    """Interrupted, resumed, already finished: the results of the same two runs are kept; not of another budget."""
     (tmp_path / "runs").mkdir()
     shutil.copy(RECIPE, tmp_path / "runs")
     (tmp_path / "python").write_text(STUB)
@@ -166,9 +209,12 @@ def test_the_recipe_goes_on_and_keeps_what_it_went_on_with(tmp_path: Path) -> No
     resumed = f"-m rl_lab.bc --resume {folder}/Hopper-v4__bc__1__1"
     assert calls() == [resumed, f"-m rl_lab.curves.offline {both}"]
     assert calls() == [f"-m rl_lab.curves.offline {both}"]
-    training, keeping = calls(STEPS="9", SEEDS="2")
-    assert "--total-timesteps 9 --num-seeds 2" in training
-    assert keeping == "-m rl_lab.curves.offline " + both.replace("medium/", "medium-9-steps-2-seeds/")
+    (kept := tmp_path / "runs/results/offline/lab-hopper-medium-v0").mkdir(parents=True)
+    (kept / "bc__Hopper-v4.csv.gz").touch()
+    assert calls() == []
+    (training,) = calls(STEPS="9", SEEDS="2")
+    assert "--total-timesteps 9 --num-seeds 2" in training and f"{folder}-9-steps-2-seeds" in training
+    assert calls(STEPS="9", SEEDS="2") == []  # finished
 
 
 def test_other_runs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,14 +226,12 @@ def test_other_runs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     rows = b"global_step,episodic_return,episodic_length\n10,1.0,1\n"
     (run / "episodes.csv.gz").write_bytes(gzip.compress(rows))
     config = {"env": "CartPole-v1", "algo": "ppo", "seed": 1, "total_timesteps": 10, "args": {}}
-    unscored = {"name": "x", "scores": None}
     for more, message in (
         ({}, "has not learned from a data set"),
         (
             {"algo": "discrete_cql", "data": {"name": "x", "scores": SCORES}},
             "is of discrete_cql; the table has bc, td3_bc",
         ),
-        ({"algo": "iql", "data": unscored}, "has no reference scores: train with --scores RANDOM EXPERT"),
     ):
         (run / "config.json").write_text(json.dumps(config | more))
         with pytest.raises(SystemExit, match=message):

@@ -8,8 +8,8 @@ Paper: Kostrikov, Nair and Levine 2022, Offline reinforcement learning with impl
 
 Each gradient step takes the value, then the actor, then the critics, then the target critics, as the authors' code does
 (github.com/ikostrikov/implicit_q_learning). The actor is a Gaussian around scale * tanh(...), not squashed, whose
-deviation does not depend on the state. Rewards are scaled by 1000 / (best - worst return of an episode), as that code
-does for locomotion (`--no-normalize-reward` leaves them). Observations are not normalised; CORL's are.
+deviation does not depend on the state. Rewards of HalfCheetah, Hopper and Walker2d are scaled by 1000 / (best - worst
+return of an episode), as in that code, others are left (`--reward-scale`). Observations are not normalised; CORL's are.
 
     python -m rl_lab.iql --dataset lab/halfcheetah/medium-replay-v0        expected results: docs/iql.md
 """
@@ -52,12 +52,14 @@ class Args(OfflineArgs):
     tau: float = 0.005  # share of the critics that the target critics take over
     expectile: float = 0.7  # tau of [Eq. 5]
     beta: float = 3.0  # inverse temperature of [Eq. 7]
-    normalize_reward: bool = True  # scale rewards by 1000 / (best - worst return of an episode)
+    reward_scale: float | None = None  # factor of rewards; None for the authors', as `authors_scale` gives it
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require("expectile", 0 < self.expectile < 1, "between 0 and 1")
         self.require("beta", 0 <= self.beta < math.inf, "finite and 0 or more")
+        scale = 1.0 if self.reward_scale is None else self.reward_scale
+        self.require("reward_scale", 0 < scale < math.inf, "finite and above 0")
 
     @property
     def annealed(self) -> bool:
@@ -146,13 +148,16 @@ def train(args: Args) -> Run:
     args, data = open_dataset(args)
     env = make(args.env, args.seeds, 1, *args.make_options)
     actions, obs_size, generators = bounded_actions(args, env), flat_size(env.observation_space), args.generators(0)
-    if args.normalize_reward:
-        data = replace(data, columns=data.columns | {"rewards": data.columns["rewards"] * reward_scale(data)})
+    scale = authors_scale(data, args.env) if args.reward_scale is None else args.reward_scale
+    print(f"Rewards are scaled by {scale:g}.")
+    args = replace(args, reward_scale=scale)
+    data = replace(data, columns=data.columns | {"rewards": data.columns["rewards"] * scale})
     agents = [init_params(obs_size, actions, g) for g in generators]
     agent = {name: stack([agent[name] for agent in agents]) for name in agents[0]}
     target, opts = contiguous(agent["critics"]), {name: contiguous(vmap(init_adam)(x)) for name, x in agent.items()}
     step = vmap(partial(update, actions=actions, args=args), in_dims=(0, 0, 0, 0, None))
-    learner = Compiled(step, ("iql", args.key, actions), args.compile, donate=(0, 1, 2))
+    key = ("iql", replace(args, reward_scale=None).key, actions)  # nothing compiled scales rewards
+    learner = Compiled(step, key, args.compile, donate=(0, 1, 2))
 
     run = OfflineRun(args, "iql", data, env, generators, lambda: {"params": agent, "target": target, "opts": opts})
     if run.saved:
@@ -175,12 +180,14 @@ def cosine(share: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * share))
 
 
-def reward_scale(data: Dataset) -> float:
-    """1000 over the range of episode returns, the authors' for locomotion."""
+def authors_scale(data: Dataset, env_id: str) -> float:
+    """1000 over the range of episode returns in D4RL's locomotion tasks, 1 in others."""
+    if env_id.partition("-")[0] not in ("HalfCheetah", "Hopper", "Walker2d"):
+        return 1.0
     returns = data.episode_returns
     spread = float(returns.max() - returns.min())
     if not spread:
-        raise ValueError("--normalize-reward: all episodes have the same return; --no-normalize-reward works")
+        raise ValueError("all episodes have the same return, by whose range rewards are scaled; --reward-scale 1 works")
     return 1000.0 / spread
 
 

@@ -70,10 +70,13 @@ def test_order_of_an_update() -> None:
     batch = {"obs": torch.randn(8, 2, generator=generator), "next_obs": torch.randn(8, 2, generator=generator)}
     batch |= {"actions": torch.randn(8, 1, generator=generator), "rewards": torch.randn(8, generator=generator)}
     batch["discounts"] = torch.full((8,), 0.99)
-    args, rate = Args(dataset="x", learning_rate=0.1, tau=0.3), torch.tensor(0.05)
+    args, rate = Args(dataset="x", learning_rate=0.1, tau=0.3, expectile=0.9), torch.tensor(0.05)
     new, moved, _, metrics = iql.update(agent, target, opts, batch, rate, ACTIONS, args)
 
     q = q_values(target, batch["obs"], batch["actions"]).amin(0)
+    assert metrics["value_loss"].item() == pytest.approx(
+        iql.value_loss(agent["value"], q, batch["obs"], 0.9)[0].item(), rel=1e-5
+    )
     advantages = q - iql.values(new["value"], batch["obs"])
     assert metrics["advantages"].item() == pytest.approx(advantages.mean().item(), rel=1e-5)
     assert metrics["actor_loss"].item() == pytest.approx(
@@ -93,25 +96,55 @@ def test_order_of_an_update() -> None:
 
 
 def test_rates_and_rewards_of_the_paper(tmp_path: Path, lucky: Callable[..., Any], monkeypatch: Any) -> None:
-    """The actor's rate falls as a cosine over all steps; rewards are 1000 over the range of the episodes' returns."""
+    """The actor's rate falls as a cosine over all steps; rewards are scaled, observations are as they are."""
     data, seen = lucky(50), []
+    data = replace(data, columns=data.columns | {"obs": data.columns["obs"] + 100})
+    monkeypatch.setattr("rl_lab.offline_training.load", lambda *_: data)
 
     def recorded(agent: Any, target: Any, opts: Any, batch: Any, actor_lr: Tensor, **_: Any) -> Any:
-        seen.append((float(actor_lr), batch["rewards"]))
+        seen.append((float(actor_lr), batch["rewards"], batch["obs"]))
         return agent, target, opts, {"q": torch.zeros(1)}
 
     monkeypatch.setattr(iql, "Compiled", lambda function, *_, **__: function)
     monkeypatch.setattr(iql, "vmap", lambda function, **_: function)
     monkeypatch.setattr(iql, "update", recorded)
     args = Args(dataset="lucky", device="cpu", compile=False, runs_dir=tmp_path, total_timesteps=4, log_every=4)
-    iql.train(replace(args, batch_size=1000, learning_rate=2.0, eval_episodes=0))
-    rates, rewards = zip(*seen, strict=True)
+    args = replace(args, batch_size=1000, learning_rate=2.0, eval_episodes=0)
+    iql.train(args)
+    rates, rewards, obs = zip(*seen, strict=True)
     assert rates == pytest.approx([2.0, 1 + 0.5**0.5, 1.0, 1 - 0.5**0.5])
-    returns = data.episode_returns
-    assert float(rewards[0].min()) == pytest.approx(float(1000 * returns.min() / (returns.max() - returns.min())))
-    equal = replace(data, columns=data.columns | {"rewards": torch.ones(50)})
-    with pytest.raises(ValueError, match="all episodes have the same return; --no-normalize-reward works"):
-        iql.reward_scale(equal)
+    worst = float(data.columns["rewards"].min())
+    assert float(rewards[0].min()) == pytest.approx(worst)  # Pendulum is not locomotion
+    assert float(obs[0].mean()) == pytest.approx(100, abs=1)
+    monkeypatch.setattr(iql, "authors_scale", lambda *_: 7.0)
+    for given, scale in ((None, 7.0), (3.0, 3.0)):
+        run = iql.train(replace(args, reward_scale=given))
+        assert float(seen[-1][1].min()) == pytest.approx(scale * worst)
+        assert run.logs.config["args"]["reward_scale"] == scale
+
+
+def test_authors_scale_by_hand(lucky: Callable[..., Any]) -> None:
+    """1000 over the range of the episodes' returns, here 1 to 5, in the tasks in which the authors' code scales."""
+    data = lucky(3)
+    data = replace(data, columns=data.columns | {"rewards": torch.tensor([5.0, 2.0, 1.0])})
+    for env_id in ("HalfCheetah-v4", "Hopper-v5", "Walker2d-v4"):
+        assert iql.authors_scale(data, env_id) == 250
+    for env_id in ("AntMaze_UMaze-v5", "AdroitHandPen-v1", "Pendulum-v1", "my.tasks:Hopper"):
+        assert iql.authors_scale(data, env_id) == 1
+    equal = replace(data, columns=data.columns | {"rewards": torch.ones(3)})
+    with pytest.raises(ValueError, match=r"all episodes have the same return, .*; --reward-scale 1 works"):
+        iql.authors_scale(equal, "Hopper-v4")
+    assert iql.authors_scale(equal, "Pendulum-v1") == 1
+
+
+def test_policy_is_the_mean_unless_noise_is_given() -> None:
+    agent = iql.init_params(2, ACTIONS, torch.Generator().manual_seed(0))
+    obs = torch.randn(5, 2, generator=torch.Generator().manual_seed(1))
+    mean = iql.gaussian(agent["actor"], obs, ACTIONS)["mean"]
+    assert mean.abs().min() > 1e-3
+    torch.testing.assert_close(iql.policy(agent, {}, {"obs": obs}, None, ACTIONS), mean)
+    noisy = iql.policy(agent, {}, {"obs": obs}, torch.full((5, 1), 0.5), ACTIONS)
+    torch.testing.assert_close(noisy, (mean + 0.5).clamp(-2, 2))
 
 
 def trained(tmp_path: Path, **flags: Any) -> float:
@@ -127,5 +160,5 @@ def trained(tmp_path: Path, **flags: Any) -> float:
 def test_takes_better_actions_than_the_data(tmp_path: Path, lucky: Callable[..., Any]) -> None:
     """The data's mean action is 0, the best is 1. Without weights (beta 0) it is behaviour cloning, and stays at 0."""
     lucky()
-    assert trained(tmp_path / "iql", beta=3.0, normalize_reward=False) == pytest.approx(1.0, abs=0.3)
-    assert trained(tmp_path / "bc", beta=0.0, normalize_reward=False) == pytest.approx(0.0, abs=0.2)
+    assert trained(tmp_path / "iql", beta=3.0) == pytest.approx(1.0, abs=0.3)
+    assert trained(tmp_path / "bc", beta=0.0) == pytest.approx(0.0, abs=0.2)

@@ -124,8 +124,9 @@ class Source(NamedTuple):
     columns: Arrays
     observation_space: gym.Space[Any]
     action_space: gym.Space[Any]
-    scores: tuple[float | None, float | None]
+    scores: tuple[float | None, float | None]  # its own
     notes: tuple[str, ...] = ()
+    d4rl_scores: tuple[float, float] | None = None  # of the task that it is named after
 
 
 def load(name: str, scores: tuple[float, float] | None = None, env_id: str | None = None) -> Dataset:
@@ -135,7 +136,8 @@ def load(name: str, scores: tuple[float, float] | None = None, env_id: str | Non
         name: a Minari id, downloaded where it is not on this machine; a Minari folder; or a D4RL file. The file's name
             tells the environment, as in halfcheetah-medium-v2.hdf5. Where it holds no next_observations, the true
             successors of time-outs are unknown: these transitions are left out, as D4RL's `qlearning_dataset` does.
-        scores: mean returns of a random and of an expert policy, instead of the data set's own and D4RL's.
+        scores: mean returns of a random and of an expert policy, instead of D4RL's or, where D4RL lacks the task, the
+            data set's own.
         env_id: of the environment to judge in, if not the data's own, of the same task; whether it has the data's
             spaces is for `Dataset.require_env`. A D4RL file whose name tells no environment takes Gymnasium's spaces.
     Raises:
@@ -158,11 +160,13 @@ def load(name: str, scores: tuple[float, float] | None = None, env_id: str | Non
     if not (columns["terminated"] | columns["truncated"])[-1]:
         columns["truncated"][-1] = True
         notes.append("The data end within an episode; its last step counts as truncated.")
-    known, table = _scores(name, scores or source.scores, own), reference_scores(own)
-    if known and table and known != table:
-        notes.append(
-            f"Normalized scores are by {known[0]:g} and {known[1]:g}, not by D4RL's {table[0]:g} and {table[1]:g}."
-        )
+    table = source.d4rl_scores or reference_scores(own)
+    known = _scores(name, scores or table or source.scores)
+    if known and table:
+        others = {"D4RL's": table, "the data set's own": source.scores}
+        told = [f"{whose} {a} and {b}" for whose, (a, b) in others.items() if (a, b) not in (known, (None, None))]
+        if told:
+            notes.append(f"Normalized scores are by {known[0]:g} and {known[1]:g}, not by {' or '.join(told)}.")
     if env_id and env_id != own:
         notes.append(f"The data are of {own}, judged in {env_id}.")
     spaces = source.observation_space, source.action_space
@@ -189,10 +193,10 @@ def _d4rl_tasks() -> dict[str, dict[str, str]]:
         return {row["task"]: row for row in csv.DictReader(file)}
 
 
-def _scores(name: str, found: tuple[float | None, float | None], env_id: str) -> tuple[float, float] | None:
+def _scores(name: str, found: tuple[float | None, float | None]) -> tuple[float, float] | None:
     random, expert = found
     if random is None and expert is None:
-        return reference_scores(env_id)
+        return None
     if random is None or expert is None:
         known = f"ref_min_score {random}" if expert is None else f"ref_max_score {expert}"
         raise ValueError(f"{name} has only one reference score, {known}; pass both by {SCORES_FLAG}")
@@ -219,7 +223,7 @@ def _read_d4rl(name: str, env_id: str | None) -> Source:
             found = ", ".join(list(file)[:5]) or "nothing"
             needed = ", ".join(sorted(D4RL_COLUMNS[ours] for ours in missing))
             raise ValueError(f"{name} is no D4RL file: it lacks {needed} and holds {found}")
-    return Source(own, columns, *_spaces(own), reference_scores(task) or (None, None))
+    return Source(own, columns, *_spaces(own), (None, None), d4rl_scores=reference_scores(task))
 
 
 def _drop_time_outs(columns: dict[str, Tensor]) -> str:

@@ -162,7 +162,7 @@ def test_images_stay_bytes() -> None:
     assert data.columns["next_obs"].flatten().tolist() == list(range(4, 12))
 
 
-def test_own_scores_go_before_d4rls_and_given_ones_before_both() -> None:
+def test_d4rls_scores_go_before_the_data_sets_own_and_given_ones_before_both() -> None:
     folder = write_minari()
     data = load(ID)
     assert data.scores is None
@@ -173,13 +173,18 @@ def test_own_scores_go_before_d4rls_and_given_ones_before_both() -> None:
     assert hopper.env_id == "Hopper-v5" and hopper.scores == (-20.272305, 3234.3)
     assert hopper.normalized(3234.3) == 100 and hopper.normalized(-20.272305) == 0
     assert hopper.normalized(torch.tensor([1607.0138475])).tolist() == pytest.approx([50])
+    assert not any("Normalized" in note for note in hopper.notes)
+    edit_metadata(folder, ref_min_score=2.0, ref_max_score=12.0)
+    told = "Normalized scores are by -20.2723 and 3234.3, not by the data set's own 2.0 and 12.0."
+    assert load(ID).scores == hopper.scores and told in load(ID).notes
+    given = load(ID, scores=(0, 24))
+    told = "Normalized scores are by 0 and 24, not by D4RL's -20.272305 and 3234.3 or the data set's own 2.0 and 12.0."
+    assert given.normalized(6.0) == 25 and told in given.notes
+    edit_metadata(folder, env_spec=gym.spec("Swimmer-v5").to_json())
+    assert load(ID).normalized(load(ID).episode_returns).tolist() == [50, 220]
     edit_metadata(folder, ref_min_score="2", ref_max_score=[12.0])
     with pytest.raises(ValueError, match=rf"{ID}: its scores '2' and \[12.0\] are no numbers; pass both by --scores"):
         load(ID)
-    edit_metadata(folder, ref_min_score=2.0, ref_max_score=12.0)
-    assert "Normalized scores are by 2 and 12, not by D4RL's -20.2723 and 3234.3." in load(ID).notes
-    assert load(ID).normalized(load(ID).episode_returns).tolist() == [50, 220]
-    assert load(ID, scores=(0, 24)).normalized(6.0) == 25
 
 
 @pytest.mark.parametrize("score", [{"ref_min_score": 2.0}, {"ref_max_score": 2.0}])

@@ -271,7 +271,8 @@ def train(args: Args) -> Run:
         for i, batch in gradient_steps:
             noise = torch.stack([draw_noise(actions, shape, g) for g in generators])
             agent, target, opts, metrics = learners[i < args.bc_steps](agent, target, opts, batch, noise)
-        run.log_losses(metrics, bounded=not args.backup_entropy)
+        # At the minimum of the critics' loss Q is above its target by half the weight at most; entropy has no bound.
+        run.log_losses(metrics, math.inf if args.lagrange or args.backup_entropy else args.cql_alpha / 2)
         if run.episodes_due:
             test_env = make(args.env, args.evaluation_seeds, run.episodes_due, *args.make_options)
             run.judge(partial(policy, noise=None, actions=actions), agent, normalizer, test_env)

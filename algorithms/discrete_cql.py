@@ -47,7 +47,7 @@ class Args(OfflineArgs):
     total_timesteps: int = 100_000  # gradient steps
     eval_every: int = 10_000  # gradient steps between evaluations of 10 episodes; 0 for none
     learning_rate: float = 3e-4  # of Adam
-    target_network_frequency: int = 1_000  # gradient steps between updates of the target network
+    target_network_frequency: int = 100  # gradient steps between updates of the target network
     cql_alpha: float = 1.0  # weight of the conservative term
     normalize_obs: bool = False  # standardise observations by the data's mean and deviation
 
@@ -117,7 +117,8 @@ def train(args: Args) -> Run:
             params, opt, metrics = learner(params, target, opt, batch)
             if (i + 1) % args.target_network_frequency == 0:
                 target = polyak(target, params, 1.0)
-        run.log_losses(metrics)
+        # At the minimum of the loss Q is above its target by alpha at most, and by 1 where Huber's slope ends.
+        run.log_losses(metrics, min(args.cql_alpha, 1.0))
         if run.episodes_due:
             test_env = make(args.env, args.evaluation_seeds, run.episodes_due, *args.make_options)
             run.judge(partial(policy, noise=None, actions=actions), params, normalizer, test_env)

@@ -175,7 +175,7 @@ class Evaluation(OfflineRun):
 
 def train(args: Args, policy: Any) -> Evaluation:
     """Evaluate `policy`, as rl_lab.load gives it, by `args.num_seeds` critics; all is in the run folders afterwards."""
-    args, data = open_dataset(args)
+    args, data = open_dataset(args, scored=False)
     env = make(args.env, args.seeds, 1, *args.make_options)
     require_fit(args, policy, data, env)
     actions, obs_size, generators = Actions.of(env.action_space), flat_size(env.observation_space), args.generators(0)

@@ -61,10 +61,11 @@ class BaseArgs:
     stop_at: int = 0
     """step to stop at, checkpointed; --resume goes on from there; 0 for the end"""
     resume: Path | None = None
-    """run folder to continue; its flags hold, and those given must agree with them, but for --checkpoint-every, and a
-    larger --total-timesteps where nothing is annealed, which prolongs the run"""
+    """run folder to continue; its flags hold, and those given must agree with them, but for --checkpoint-every, the
+    place of what it learns from, and a larger --total-timesteps where nothing is annealed, which prolongs the run"""
 
     may_be_zero: ClassVar[set[str]] = {"seed", "checkpoint_every", "eval_every", "stop_at"}
+    may_change: ClassVar[set[str]] = {"checkpoint_every"}  # in a resumed run
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -277,7 +278,7 @@ def parse(
     given = {name: tuple(x) if isinstance(x, list) else x for name, x in given.items()}
     saved = args_type(**given)
     args = _parse(argv, args_type, saved)
-    free = {"checkpoint_every"}
+    free = set(args_type.may_change)
     if args.total_steps > saved.total_steps and not saved.annealed:
         free.add("total_timesteps")
     for name in sorted(fields - free):

@@ -20,7 +20,7 @@ from torch import Tensor
 from rl_lab.cli import RunArgs
 from rl_lab.distributions import Actions
 from rl_lab.memory import free_memory
-from rl_lab.offline import Dataset, load, normalized
+from rl_lab.offline import Dataset, load
 from rl_lab.replay import Batch, Replay, draw_uniform
 from rl_lab.run import Run
 from rl_lab.vector import VectorEnv
@@ -41,7 +41,7 @@ class OfflineArgs(RunArgs):
     gamma: float = 0.99
     """discount per env step"""
     scores: tuple[float, float] | None = None
-    """mean returns of a random policy and of an expert, where neither the data set nor D4RL's table has them"""
+    """mean returns of a random policy and of an expert, instead of D4RL's for the task or else the data set's own"""
     eval_every: int = 50_000
     """gradient steps between evaluations of 10 episodes; 0 for none"""
     eval_episodes: int = 100
@@ -50,6 +50,7 @@ class OfflineArgs(RunArgs):
     """gradient steps between entries of the log"""
 
     may_be_zero: ClassVar[set[str]] = {*RunArgs.may_be_zero, "eval_episodes"}
+    may_change: ClassVar[set[str]] = {*RunArgs.may_change, "dataset"}  # a run knows its data by their checksum
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,14 +76,20 @@ class OfflineArgs(RunArgs):
 A = TypeVar("A", bound=OfflineArgs)
 
 
-def open_dataset(args: A) -> tuple[A, Dataset]:
-    """The data set that the flags name, and the flags with its environment's id."""
+def open_dataset(args: A, scored: bool = True) -> tuple[A, Dataset]:
+    """The data set that the flags name, and the flags with its environment's id.
+
+    Args:
+        scored: whether what is learned is judged by normalized scores, so that the reference scores must be known.
+    """
     args.require("dataset", bool(args.dataset), "a Minari id or a path")
     data = load(args.dataset, args.scores, args.env or None)
     for note in data.notes:
         print(note)
     env_id = args.env or data.env_id or ""
     args.require("env", bool(env_id), f"given: {args.dataset} does not say what it is of")
+    unknown = f"neither D4RL nor {args.dataset} has the mean returns of a random policy and of an expert on {env_id}"
+    args.require("scores", data.scores is not None or not scored, f"two numbers: {unknown}")
     return dataclasses.replace(args, env=env_id), data
 
 
@@ -170,24 +177,28 @@ class OfflineRun(Run):
             flat = self.replay.sample(points.reshape(1, -1))
             yield {name: x.view(len(points), -1, *x.shape[2:]) for name, x in flat.items()}
 
-    def log_losses(self, metrics: dict[str, Tensor], bounded: bool = True) -> None:
+    def log_losses(self, metrics: dict[str, Tensor], extra: float = 0.0) -> None:
         """Log the metrics of a gradient step, (S,) each, at the end of an interval.
 
         Args:
-            bounded: whether Q, `q`, is a sum of rewards and nothing else.
+            extra: the most that the loss may add to a step's reward in Q, `q`, or take from it; infinite if unknown.
         Raises:
-            FloatingPointError: if one is not finite, or the mean Q of a seed is beyond what the rewards allow.
+            FloatingPointError: if one is not finite, or the mean Q of a seed is not a discounted sum of such rewards,
+                by more than a tenth of these sums' range and 1: estimates err, and so does an untrained network.
         """
         seeds, device = len(self.args.seeds), self.args.torch_device
         done, total = torch.zeros(0, seeds, dtype=torch.bool, device=device), torch.zeros(0, seeds, device=device)
         nothing = {"terminated": done, "truncated": done, "episode_returns": total, "episode_lengths": total}
         self.log(nothing, {f"losses/{name}": x for name, x in metrics.items()})
-        if bounded and "q" in metrics and self.args.gamma < 1:
-            most = float(self.data.columns["rewards"].abs().max()) / (1 - self.args.gamma)
+        if "q" in metrics and self.args.gamma < 1:
+            rewards, horizon = self.data.columns["rewards"], 1 / (1 - self.args.gamma)
+            least = (min(float(rewards.min()), 0.0) - extra) * horizon
+            most = (max(float(rewards.max()), 0.0) + extra) * horizon
+            slack = (most - least) / 10 + 1
             for seed, value in zip(self.args.seeds, metrics["q"].tolist(), strict=True):
-                if abs(value) > most + 1:  # an untrained network is not at 0 either, whatever the rewards' unit
-                    cause = "values of actions that the data do not have feed on themselves"
-                    raise self.diverged(f"Q of seed {seed} is {value:.3g}, the rewards allow {most:.3g}", cause)
+                if not least - slack <= value <= most + slack:
+                    what = f"Q of seed {seed} is {value:.3g}, the rewards allow {least:.3g} to {most:.3g}"
+                    raise self.diverged(what, "values of actions that the data do not have feed on themselves")
 
     @property
     def episodes_due(self) -> int:
@@ -196,7 +207,7 @@ class OfflineRun(Run):
         return self.args.eval_episodes if last else 10 * self.evaluation_due
 
     def judge(self, policy: Callable[..., Any], agent: Any, normalizer: Any, env: VectorEnv) -> None:
-        """Play an episode in each row of `env` and log them, also as D4RL's normalized scores where these are known.
+        """Play an episode in each row of `env` and log them, also as D4RL's normalized scores.
 
         Args:
             policy, agent, normalizer, env: as `Run.evaluate` takes them.
@@ -206,9 +217,8 @@ class OfflineRun(Run):
         self.best = torch.maximum(self.best, means)
         self.recent = returns.tolist()  # what the console shows, and the end of the run prints
         table = {"eval/best_return": self.best}
-        if self.data.scores is not None:
-            for name, x in (("normalized_score", means), ("best_normalized_score", self.best)):
-                table[f"eval/{name}"] = self.data.normalized(x)
+        for name, x in (("normalized_score", means), ("best_normalized_score", self.best)):
+            table[f"eval/{name}"] = self.data.normalized(x)
         for index in range(len(means)):
             steps = np.full(returns.shape[1], self.end)
             self.logs.episodes(index, steps, returns[index], lengths[index].astype(np.int64))
@@ -217,11 +227,8 @@ class OfflineRun(Run):
     def score(self, index: int) -> str:
         if not self.recent[index] or not self.args.eval_episodes:
             return "not judged"
-        returns, scores = np.array(self.recent[index]), self.data.scores
-        mean, best = float(returns.mean()), float(self.best[index])
-        spread, what = f"{returns.std():,.1f}", "the last parameters' likeliest actions"
+        returns = np.array(self.recent[index])
+        mean, spread, what = float(returns.mean()), f"{returns.std():,.1f}", "the last parameters' likeliest actions"
         told = f"return {mean:,.1f} ± {spread} in {len(returns)} episodes of {what}"
-        if scores is None:
-            return f"{told}; best evaluation {best:,.1f}"
-        score, peak = normalized(mean, scores), normalized(best, scores)
-        return f"normalized score {score:.1f}, {told}; best evaluation {peak:.1f}"
+        score, best = self.data.normalized(mean), self.data.normalized(float(self.best[index]))
+        return f"normalized score {score:.1f}, {told}; best evaluation {best:.1f}"

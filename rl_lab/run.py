@@ -23,7 +23,7 @@ from rl_lab.rollout import merge_seeds, split_seeds
 from rl_lab.vector import VectorEnv
 
 FLUSH_EVERY = 10.0  # seconds, for whoever watches TensorBoard
-SMALLER = "a smaller --learning-rate is the usual cure"
+SMALLER = "a smaller learning rate is the usual cure"
 
 
 class BaseRun:

@@ -197,7 +197,7 @@ def test_a_seed_among_others_is_that_seed_alone(tmp_path: Path, small: None) -> 
 
 
 def test_divergence_stops_with_its_cause(tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rewards of -2 and -1 allow |Q| of 200 at gamma 0.99; a network that starts at 1e4 is beyond."""
+    """Rewards of -2 and -1 and the weight of 1 allow Q from -300 to 100 at gamma 0.99, 1e4 is beyond."""
     sound = discrete_cql.init_uniform
 
     def inflated(*args: Any) -> Params:
@@ -205,7 +205,7 @@ def test_divergence_stops_with_its_cause(tmp_path: Path, small: None, monkeypatc
         return params | {"q.2.bias": params["q.2.bias"] + 1e4}
 
     monkeypatch.setattr(discrete_cql, "init_uniform", inflated)
-    with pytest.raises(FloatingPointError, match=r"Q of seed 1 is 1e\+04, the rewards allow 200"):
+    with pytest.raises(FloatingPointError, match=r"Q of seed 1 is 1e\+04, the rewards allow -300 to 100"):
         discrete_cql.train(Args(dataset="unseen", runs_dir=tmp_path, **SMALL))
 
 

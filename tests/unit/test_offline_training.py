@@ -27,8 +27,9 @@ from rl_lab.algorithms import awac, bc, cql, discrete_cql, iql, td3_bc
 from rl_lab.cli import Stopped
 from rl_lab.curves import store
 from rl_lab.distributions import Actions, scaled, unscaled
+from rl_lab.envs import make
 from rl_lab.offline import Dataset
-from rl_lab.offline_training import standardize, standardized
+from rl_lab.offline_training import OfflineRun, standardize, standardized
 
 Lucky = Callable[..., Dataset]
 ALGORITHMS = [awac, bc, iql, td3_bc]
@@ -82,8 +83,21 @@ def test_other_data_are_refused_on_resume(
         algorithm.train(arguments(algorithm, tmp_path, stop_at=20))
     monkeypatch.setattr("rl_lab.offline_training.load", lambda *_: replace(data, checksum="other"))
     (folder,) = tmp_path.iterdir()
+    recorded = json.loads((folder / "config.json").read_text())["data"]
+    assert recorded == {"name": "lucky", "env": "Pendulum-v1", "checksum": "none", "transitions": 200,
+                        "scores": [-10.0, 0.0]}  # fmt: skip
     with pytest.raises(ValueError, match="--dataset lucky is not what the run has learned from"):
         algorithm.train(arguments(algorithm, tmp_path, resume=folder))
+
+
+def test_data_may_have_moved(lucky: Lucky, tmp_path: Path) -> None:
+    """They are known by their checksum."""
+    lucky(200)
+    with pytest.raises(Stopped):
+        bc.train(arguments(bc, tmp_path, stop_at=20))
+    (folder,) = tmp_path.iterdir()
+    args = cli.parse(["--resume", str(folder), "--dataset", "elsewhere"], bc.Args, bc.defaults)
+    assert args.dataset == "elsewhere" and bc.train(args).iteration * args.log_every == 60  # type: ignore
 
 
 @EACH
@@ -155,11 +169,20 @@ def test_judgement(algorithm: ModuleType, lucky: Lucky, tmp_path: Path, capsys: 
     assert printed.endswith(f"best evaluation {best:.1f}")
 
 
-def test_without_reference_scores_and_without_judgement(lucky: Lucky, tmp_path: Path, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("algorithm", EVERY, ids=[a.__name__.rpartition(".")[2] for a in EVERY])
+def test_without_reference_scores(algorithm: ModuleType, lucky: Lucky, tmp_path: Path, monkeypatch: Any) -> None:
     data = replace(lucky(50), scores=None)
     monkeypatch.setattr("rl_lab.offline_training.load", lambda *_: data)
-    run = bc.train(arguments(bc, tmp_path / "played", total_timesteps=20))
-    assert "normalized" not in run.score(0) and "best evaluation" in run.score(0)
+    wanted = (
+        r"--scores None must be two numbers: neither D4RL nor lucky has the mean returns of a random .* Pendulum-v1"
+    )
+    with pytest.raises(ValueError, match=wanted):
+        algorithm.train(arguments(algorithm, tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_judgement(lucky: Lucky, tmp_path: Path) -> None:
+    lucky(50)
     assert bc.train(arguments(bc, tmp_path / "not", total_timesteps=20, eval_episodes=0)).score(0) == "not judged"
     # Not of the parameters before the last either.
     assert bc.train(arguments(bc, tmp_path / "early", total_timesteps=60, eval_episodes=0)).score(0) == "not judged"
@@ -325,31 +348,43 @@ def test_discrete_actions_are_refused(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("algorithm", [awac, td3_bc], ids=["awac", "td3_bc"])
+@pytest.mark.parametrize("off", [200.0, -1100.0])
+@pytest.mark.parametrize("algorithm", [awac, iql, td3_bc], ids=["awac", "iql", "td3_bc"])
 def test_divergence_stops_with_its_cause(
-    algorithm: ModuleType, lucky: Lucky, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    algorithm: ModuleType, off: float, lucky: Lucky, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rewards in [-9, 0] allow |Q| of 900 at gamma 0.99; critics that start at 1e4 are beyond."""
+    """Rewards in [-9, 0] allow Q in [-900, 0] at gamma 0.99, and 90 more on either side as estimates err."""
     lucky(200)
     sound = algorithm.init_params
 
     def inflated(*args: Any) -> dict[str, dict[str, Tensor]]:
         agent = sound(*args)
-        agent["critics"]["critic.2.bias"] += 1e4
+        agent["critics"]["critic.2.bias"] += off
         return agent
 
     monkeypatch.setattr(algorithm, "init_params", inflated)
     with pytest.raises(
-        FloatingPointError, match=r"Q of seed 1 is \S+, the rewards allow 8[67]\d after .*; values of actions"
+        FloatingPointError, match=r"Q of seed 1 is \S+, the rewards allow -8[67]\d to 0 after .*; values of actions"
     ):
         algorithm.train(arguments(algorithm, tmp_path))
     (folder,) = tmp_path.iterdir()  # the run is there to be looked at
     assert json.loads((folder / "config.json").read_text())["algo"] == algorithm.__name__.rpartition(".")[2]
 
 
-def test_rewards_of_any_unit_are_no_divergence(lucky: Lucky, tmp_path: Path, monkeypatch: Any) -> None:
-    """A task in which nothing was reached yet allows no Q but 0, which no untrained network has."""
-    data = lucky(50)
+def test_values_near_those_that_the_rewards_allow_are_no_divergence(
+    lucky: Lucky, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tenth of their range beyond. Where nothing was rewarded only 0 is allowed, and no untrained network has it."""
+    data, args = lucky(50), arguments(bc, tmp_path / "near", env="Pendulum-v1", total_timesteps=20)
+    least = 100 * float(data.columns["rewards"].min())
+    run = OfflineRun(args, "bc", data, make(args.env, args.seeds, 1), args.generators(0), lambda: {"params": {}})
+    for _ in run.intervals():
+        for q in (0.09 * -least, 1.09 * least):
+            run.log_losses({"q": torch.tensor([q])})
+        run.log_losses({"q": torch.tensor([1.19 * least])}, extra=0.1 * -least / 100)
+        for q in (0.11 * -least + 1, 1.11 * least - 1, float("nan")):
+            with pytest.raises(FloatingPointError, match="the rewards allow"):
+                run.log_losses({"q": torch.tensor([q])})
     unrewarded = replace(data, columns=data.columns | {"rewards": torch.zeros_like(data.columns["rewards"])})
     monkeypatch.setattr("rl_lab.offline_training.load", lambda *_: unrewarded)
     assert td3_bc.train(arguments(td3_bc, tmp_path, eval_episodes=0)).score(0) == "not judged"
@@ -377,6 +412,7 @@ def test_flags_come_in_any_company(algorithm: ModuleType, tmp_path: Path) -> Non
         (cql, {"target_action_gap": 5.0}, "--target-action-gap 5.0 must be left out without --lagrange"),
         (iql, {"expectile": 1.0}, "--expectile 1.0 must be between 0 and 1"),
         (iql, {"beta": -1.0}, "--beta -1.0 must be finite and 0 or more"),
+        (iql, {"reward_scale": 0.0}, "--reward-scale 0.0 must be finite and above 0"),
         (awac, {"awac_lambda": 0.0}, "--awac-lambda 0.0 must be finite and above 0"),
         (td3_bc, {"alpha": -1.0}, "--alpha -1.0 must be finite and 0 or more"),
         (td3_bc, {"noise_clip": float("inf")}, "--noise-clip inf must be finite and 0 or more"),

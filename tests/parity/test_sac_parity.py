@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.func import grad_and_value
 
 from rl_lab.algorithms import sac
+from rl_lab.algorithms.sac import Agent
 from rl_lab.distributions import Actions
 from rl_lab.networks import Params, stack
-from rl_lab.optim import init_adam
+from rl_lab.optim import AdamState, init_adam
 from rl_lab.replay import Batch
 
 HERE = Path(__file__).parent
@@ -76,11 +77,16 @@ def as_batch(columns: dict[str, list[Any]]) -> Batch:
     return {**batch, "discounts": NUMBERS["flags"]["gamma"] * (1 - batch["terminated"])}
 
 
+def beginning() -> tuple[Agent, Params, dict[str, AdamState]]:
+    """Agent, target critics and states of Adam before the first step."""
+    agent = {"actor": actor(), "critics": critics(), "temperature": {"log_alpha": torch.tensor(0.0).double()}}
+    return agent, critics("_target"), {name: init_adam(params) for name, params in agent.items()}
+
+
 def test_three_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards the minimum over twins, entropy and its sign, the tanh correction, bounds, targets, Adam, every order."""
     monkeypatch.setattr(Tensor, "float", Tensor.double)  # float32's rounding would hide faults of its size
-    agent = {"actor": actor(), "critics": critics(), "temperature": {"log_alpha": torch.tensor(0.0).double()}}
-    target, opts = critics("_target"), {name: init_adam(params) for name, params in agent.items()}
+    agent, target, opts = beginning()
     policy_lr, q_lr, tau = (
         torch.tensor(NUMBERS["flags"][name], dtype=torch.float64) for name in ("policy_lr", "q_lr", "tau")
     )
@@ -110,5 +116,28 @@ def test_three_steps(monkeypatch: pytest.MonkeyPatch) -> None:
         if step == 2:
             for name in ("actor_loss", "alpha_loss", "alpha"):
                 assert metrics[name].item() == pytest.approx(losses[name], rel=1e-8)
+    assert_digests(target, NUMBERS["targets"], "_target")
+    assert next(steps, None) is next(noise, None) is None
+
+
+def test_three_updates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same by the function that trains: guards which rate, noise and target network goes where."""
+    monkeypatch.setattr(Tensor, "float", Tensor.double)
+    agent, target, opts = beginning()
+    args = sac.Args(**NUMBERS["flags"])
+    tau = torch.tensor(args.tau, dtype=torch.float64)
+    steps, noise = iter(NUMBERS["steps"]), (torch.tensor(x, dtype=torch.float64) for x in NUMBERS["noise"])
+    for step, (columns, losses) in enumerate(zip(NUMBERS["batches"], NUMBERS["losses"], strict=True), start=1):
+        policy_steps = 0 if step % args.policy_frequency else args.policy_frequency
+        drawn = torch.stack([next(noise) for _ in range(1 + 2 * policy_steps)])
+        agent, target, opts, metrics = sac.update(agent, target, opts, as_batch(columns), drawn, tau, ACTIONS, args)
+        assert_digests(agent["critics"], next(steps)["params"])
+        for name in ("qf1_loss", "qf2_loss"):
+            assert metrics[name].item() == pytest.approx(losses[name], rel=1e-8)
+        for i in range(policy_steps):
+            actor_seen, temperature_seen = next(steps), next(steps)
+            if i == policy_steps - 1:
+                assert_digests(agent["actor"], actor_seen["params"])
+                assert_digests(agent["temperature"], temperature_seen["params"])
     assert_digests(target, NUMBERS["targets"], "_target")
     assert next(steps, None) is next(noise, None) is None

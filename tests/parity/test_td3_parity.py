@@ -87,3 +87,24 @@ def test_three_steps(monkeypatch: pytest.MonkeyPatch) -> None:
             assert metrics["actor_loss"].item() == pytest.approx(losses["actor_loss"], rel=1e-8)
             assert_digests(target["actor"] | target["critics"], NUMBERS["targets"])
     assert next(steps, None) is next(noise, None) is None
+
+
+def test_three_updates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same by the function that trains: guards which network, state and target goes where."""
+    monkeypatch.setattr(Tensor, "float", Tensor.double)
+    args = Args(**NUMBERS["flags"])
+    learner, target = agent("actor", ("qf1", "qf2")), agent("target_actor", ("qf1_target", "qf2_target"))
+    opts = {name: init_adam(params) for name, params in learner.items()}
+    steps, noise = iter(NUMBERS["steps"]), (torch.tensor(x, dtype=torch.float64) for x in NUMBERS["noise"])
+    for step, (columns, losses) in enumerate(zip(NUMBERS["batches"], NUMBERS["losses"], strict=True), start=1):
+        batch = {name: torch.tensor(column, dtype=torch.float64) for name, column in columns.items()}
+        batch["discounts"] = args.gamma * (1 - batch["terminated"])
+        delayed = step % args.policy_frequency > 0
+        learner, target, opts, metrics = td3.update(learner, target, opts, batch, next(noise), ACTIONS, args, delayed)
+        assert_digests(learner["critics"], next(steps)["params"])
+        for name in ("qf1_loss", "qf2_loss"):
+            assert metrics[name].item() == pytest.approx(losses[name], rel=1e-8)
+        if not delayed:
+            assert_digests(learner["actor"], next(steps)["params"])
+            assert_digests(target["actor"] | target["critics"], NUMBERS["targets"])
+    assert next(steps, None) is next(noise, None) is None

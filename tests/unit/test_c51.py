@@ -12,12 +12,14 @@ from typing import Any
 import gymnasium as gym
 import pytest
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.func import grad_and_value
 
 import rl_lab
 from rl_lab.algorithms import c51
 from rl_lab.algorithms.c51 import Args
+from rl_lab.cli import Stopped
 from rl_lab.compiler import Compiled
 from rl_lab.distributions import Actions
 from rl_lab.networks import Params
@@ -156,6 +158,35 @@ def test_target_network_stands_still_between_copies(trained: Any, monkeypatch: p
     for index, (_, target) in enumerate(seen):
         assert torch.equal(target, seen[index // 4 * 4][0])
     assert len({tuple(params.flatten().tolist()) for params, _ in seen}) == 20
+
+
+@pytest.mark.parametrize("num_envs", [1, 2])
+def test_epsilon_schedule(trained: Any, monkeypatch: pytest.MonkeyPatch, num_envs: int) -> None:
+    """Guards a schedule by iterations or by steps of one environment: from 1 to 0.1 over the first 48 steps of 96."""
+    used: list[Tensor] = []
+    draw_noise = c51.draw_noise
+
+    def recording(actions: Actions, shape: Any, generator: torch.Generator, epsilon: Tensor) -> Tensor:
+        used.append(epsilon.expand(shape).flatten())
+        return draw_noise(actions, shape, generator, epsilon)
+
+    monkeypatch.setattr(c51, "draw_noise", recording)
+    trained(replace(SMALL, num_envs=num_envs, start_e=1.0, end_e=0.1, exploration_fraction=0.5))
+    epsilon = torch.cat(used)
+    assert len(epsilon) == 96
+    assert epsilon[[0, 24, 36, 48, 95]].tolist() == pytest.approx([1.0, 0.55, 0.325, 0.1, 0.1], abs=1e-6)
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(trained: Any) -> None:
+    """Guards a target network, a replay or a generator that starts anew; at step 64 the target is the one of 48."""
+    args = replace(SMALL, target_network_frequency=48)
+    whole = trained(args)
+    with pytest.raises(Stopped, match="checkpointed at step 64") as stopped:
+        trained(replace(args, stop_at=64))
+    folder = str(stopped.value).rpartition(" ")[2]
+    resumed = trained(replace(args, resume=Path(folder)))
+    for ours, theirs in zip(*(pytree.tree_leaves(run.state()) for run in (resumed, whole)), strict=True):
+        assert torch.equal(ours, theirs) if isinstance(ours, Tensor) else ours == theirs
 
 
 def test_seed_in_a_batch_of_ten_is_that_seed_alone(trained: Any) -> None:

@@ -16,6 +16,7 @@ from torch.func import grad_and_value
 from rl_lab import offpolicy
 from rl_lab.algorithms import dqn
 from rl_lab.algorithms.dqn import Args
+from rl_lab.compiler import Compiled
 from rl_lab.distributions import Actions
 from rl_lab.envs.classic import CLASSIC
 from rl_lab.networks import Params, polyak
@@ -243,8 +244,16 @@ def test_hard_update(trained: Trained) -> None:
 
 
 def test_priorities_are_those_of_the_last_errors(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards |TD error| + 1e-6, beta's way from 0.4 to 1, and the rows that the priorities are given to."""
+    """Guards |TD error| + 1e-6, alpha, beta's way from 0.4 to 1, and the rows that the priorities are given to."""
     betas: list[float] = []
+    errors: list[Tensor] = []
+
+    class Watched(Compiled):
+        def __call__(self, *args: Any) -> Any:
+            learned = super().__call__(*args)
+            if self.key[0] == "learn":  # type: ignore[index]
+                errors.append(learned[2]["td_errors"])
+            return learned
 
     class Recording(Replay):
         def sample(self, points: Tensor, beta: float = 1.0) -> Batch:
@@ -253,12 +262,14 @@ def test_priorities_are_those_of_the_last_errors(trained: Trained, monkeypatch: 
             return self.batch
 
         def prioritize(self, leaves: Tensor, priorities: Tensor) -> None:
-            assert leaves is self.batch["leaves"] and priorities.shape == leaves.shape
-            assert (priorities >= 1e-6).all()
+            assert leaves is self.batch["leaves"] and self.alpha == 0.7
+            assert torch.equal(priorities, errors[-1].abs() + 1e-6) and len(priorities.unique()) > 1
             super().prioritize(leaves, priorities)
 
+    monkeypatch.setattr(dqn, "Compiled", Watched)
     monkeypatch.setattr(offpolicy, "Replay", Recording)
-    trained(replace(SMALL, prioritized=True))
+    trained(replace(SMALL, prioritized=True, priority_alpha=0.7))
+    assert len(errors) == len(betas) == 30
     assert (betas[0], betas[-1]) == (pytest.approx(0.4 + 0.6 * 110 / 400), 1.0)
 
 

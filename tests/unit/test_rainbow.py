@@ -23,6 +23,7 @@ from rl_lab.distributions import Actions
 from rl_lab.networks import Params
 from rl_lab.optim import init_adam
 from rl_lab.replay import Batch, Replay
+from rl_lab.rollout import Collector
 
 TWO = Actions((2,), ())
 SMALL = Args(
@@ -208,8 +209,15 @@ def test_what_a_gradient_step_sees(trained: Any, monkeypatch: pytest.MonkeyPatch
     """Guards against a target that moves, noise used twice, a constant beta, priorities that stay what they were.
 
     Gradient steps come after env steps 20, 24, ..., 96, copies of the network at 16, 32, ..., 96. Beta rises from 0.4
-    at step 0 to 1 at step 96, so it is 0.525 at 20.
+    at step 0 to 1 at step 96, so it is 0.525 at 20. Every env step has noise of its own to act by.
     """
+    acting: list[Tensor] = []
+    collect = Collector.collect
+
+    def collecting(self: Collector, params: Any, noise: Tensor) -> Any:
+        acting.append(noise)
+        return collect(self, params, noise)
+
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
     betas: list[float] = []
     prioritized: list[Tensor] = []
@@ -232,6 +240,7 @@ def test_what_a_gradient_step_sees(trained: Any, monkeypatch: pytest.MonkeyPatch
             prioritized.append(priorities)
             super().prioritize(leaves, priorities)
 
+    monkeypatch.setattr(Collector, "collect", collecting)
     monkeypatch.setattr(rainbow, "Compiled", Watched)
     monkeypatch.setattr(offpolicy, "Replay", WatchedReplay)
     trained(SMALL)
@@ -241,6 +250,8 @@ def test_what_a_gradient_step_sees(trained: Any, monkeypatch: pytest.MonkeyPatch
     noise = torch.cat([noise for _, _, noise in seen])
     assert noise.shape[:2] == (20, 3) and len(noise.unique()) > 0.99 * noise.numel()
     assert (betas[0], betas[-1]) == pytest.approx((0.525, 1))
+    noise = torch.cat(acting)
+    assert noise.shape[:2] == (96, 1) and len(noise.unique()) > 0.99 * noise.numel()
 
 
 def test_seed_in_a_batch_of_ten_is_that_seed_alone(trained: Any) -> None:

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from torch import Tensor
 
 from rl_lab.algorithms import td3
 from rl_lab.algorithms.td3 import Agent, Args
 from rl_lab.distributions import Actions
 from rl_lab.networks import Params
 from rl_lab.optim import init_adam
+from rl_lab.rollout import Collector
 
 ONE = Actions((1,), (1,), (-1.0,), (3.0,))  # the middle is 1, half the width 2
 BATCH = {name: torch.zeros(2, 1) for name in ("obs", "next_obs", "actions")}
@@ -119,9 +121,18 @@ def tiny(tmp_path: Path, **flags: Any) -> Args:
 
 
 def test_schedule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gradient steps after env steps 11, 12, ... 40, the actor's once at each third, as CleanRL counts them."""
-    seen: dict[str, list[int]] = {"critics": [], "policy": []}
-    update_critics, update_policy = td3.update_critics, td3.update_policy
+    """Random actions first; then gradient steps after env steps 11, 12, ... 40, the actor's once at each third, as
+    CleanRL counts them, and exploration noise as the flag says."""
+    seen: dict[str, list[Any]] = {"critics": [], "policy": [], "random": [], "std": []}
+    update_critics, update_policy, act, collect = td3.update_critics, td3.update_policy, td3.act, Collector.collect
+
+    def collecting(self: Collector, params: Any, noise: Tensor) -> Any:
+        seen["random"] += params["random"].tolist()
+        return collect(self, params, noise)
+
+    def acting(*args: Any, **kwargs: Any) -> Any:
+        seen["std"].append(kwargs["std"])
+        return act(*args, **kwargs)
 
     def critics(*args: Any, **kwargs: Any) -> Any:
         seen["critics"].append(10 + len(seen["critics"]))
@@ -133,8 +144,11 @@ def test_schedule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(td3, "update_critics", critics)
     monkeypatch.setattr(td3, "update_policy", policy)
-    td3.train(tiny(tmp_path, learning_starts=10, policy_frequency=3))
-    assert seen == {"critics": list(range(10, 40)), "policy": list(range(12, 40, 3))}
+    monkeypatch.setattr(td3, "act", acting)
+    monkeypatch.setattr(Collector, "collect", collecting)
+    td3.train(tiny(tmp_path, learning_starts=10, policy_frequency=3, exploration_noise=0.3))
+    assert seen["critics"] == list(range(10, 40)) and seen["policy"] == list(range(12, 40, 3))
+    assert seen["random"] == [True] * 10 + [False] * 30 and set(seen["std"]) == {0.3}
 
 
 def test_a_seed_alone_and_among_others(tmp_path: Path) -> None:

@@ -9,12 +9,27 @@ import torch
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes to be had on the device."""
+    """Bytes to be had on the device, in a container no more than it may take."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if (info := Path("/proc/meminfo")).exists():  # which counts what caches would give back
-        return 1024 * int(info.read_text().partition("MemAvailable:")[2].split()[0])
+        available = 1024 * int(info.read_text().partition("MemAvailable:")[2].split()[0])
+        return min([available, *_group_room(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _group_room(own: Path, root: Path) -> list[int]:
+    """Bytes that each control group which limits this process leaves it, caches it would give back included.
+
+    Of version 2 (kernel documentation, admin-guide/cgroup-v2.rst, "Memory Interface Files").
+    """
+    groups = [line.removeprefix("0::/") for line in own.read_text().splitlines() if line.startswith("0::/")]
+    found = []
+    for folder in (root / groups[0], *(root / groups[0]).parents) if groups else ():
+        if (limit := folder / "memory.max").is_file() and (text := limit.read_text().strip()) != "max":
+            caches = int((folder / "memory.stat").read_text().partition("inactive_file ")[2].split()[0])
+            found.append(int(text) - int((folder / "memory.current").read_text()) + caches)
+    return found
 
 
 def require_memory(num_envs: int, num_seeds: int, bytes_each: int, device: torch.device) -> None:

@@ -24,6 +24,22 @@ def test_free_memory_is_below_what_the_machine_has() -> None:
     assert 2**20 < free_memory(CPU) <= whole
 
 
+def test_a_control_group_s_limit_counts(tmp_path: Path) -> None:
+    """By hand: of the inner group 1000 - 700 + 200 are left, the outer has no limit, the root one of 5000 - 4000."""
+    own = tmp_path / "own"
+    own.write_text("1:cpu:/elsewhere\n0::/outer/inner\n")
+    (inner := tmp_path / "root/outer/inner").mkdir(parents=True)
+    for folder, limit, taken, caches in (
+        (inner, "1000", "700", "200"), (inner.parent, "max", "9", "9"), (inner.parents[1], "5000", "4000", "0"),
+    ):  # fmt: skip
+        (folder / "memory.max").write_text(f"{limit}\n")
+        (folder / "memory.current").write_text(f"{taken}\n")
+        (folder / "memory.stat").write_text(f"anon 5\nactive_file 3\ninactive_file {caches}\nslab 1\n")
+    assert memory._group_room(own, tmp_path / "root") == [500, 1000]
+    own.write_text("1:memory:/of/version/1\n")
+    assert memory._group_room(own, tmp_path / "root") == []
+
+
 def test_says_how_many_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "free_memory", lambda _: 10**9)
     require_memory(1000, 10, 10**5, CPU)

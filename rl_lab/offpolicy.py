@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -31,7 +32,8 @@ class OffPolicyArgs(RunArgs):
     buffer_size: int = 10_000
     """transitions of one seed that the replay holds"""
     replay_folder: Path | None = None
-    """keep the replay in files of this folder, for what memory does not hold; they are the run's, and stay with it"""
+    """keep the replay in files of this folder, for what memory does not hold, with room for twice what comes between
+    checkpoints besides; they are the run's, and stay with it"""
     batch_size: int = 128
     """transitions of a gradient step"""
     learning_starts: int = 10_000
@@ -100,10 +102,28 @@ class OffPolicyArgs(RunArgs):
                 raise ValueError(f"--replay-folder {self.replay_folder}: {error}") from None
         # Twice what comes between checkpoints: a run may have to go on from the one before its newest.
         spare = 2 * (self.checkpoint_every + self.log_every) // self.num_envs + 1 if self.replay_folder else 0
-        return Replay(
+        replay = Replay(
             transitions(env), self.num_seeds, self.num_envs, self.buffer_size, self.gamma, n_step, alpha,
             env.frame_stack, env.device, self.replay_folder, spare, self.compile,
         )  # fmt: skip
+        if not self.replay_folder and self.resume is None:
+            self._require_disk(replay.nbytes * min(1.0, self.total_timesteps / self.buffer_size))
+        return replay
+
+    def _require_disk(self, nbytes: float) -> None:
+        """Raise a ValueError unless --runs-dir has room for the checkpoints, with the replay's `nbytes` in each.
+
+        While a third one is written, the two before it are there.
+        """
+        full = 1 + (self.total_timesteps - 1) // self.checkpoint_every if self.checkpoint_every else 1
+        there = next(path for path in (self.runs_dir, *self.runs_dir.absolute().parents) if path.is_dir())
+        need, room = min(3, full) * nbytes, shutil.disk_usage(there).free
+        if need > room:
+            needed, free = (f"{x / 1e9:.1f} GB" for x in (need, room))
+            ways = "a smaller --buffer-size, --checkpoint-every 0 or --replay-folder"
+            raise ValueError(
+                f"--runs-dir {self.runs_dir} needs {needed} for checkpoints, {free} are free; {ways} works"
+            )
 
     def _require_first_batch(self, steps: int) -> None:
         """Raise a ValueError unless the first batch finds `steps` steps of each environment, one transition's."""

@@ -168,7 +168,7 @@ class Replay:
     def _check_room(self, capacity: int) -> None:
         need = self.nbytes
         if self.folder:
-            room, where, way = shutil.disk_usage(self.folder).free, "on disk", ""
+            room, where, way = shutil.disk_usage(self.folder).free, "on disk", " or --checkpoint-every"
             need -= sum(path.stat().st_size for path in self.folder.glob("replay.*"))  # of the run that is resumed
         else:
             cuda, room = self.device.type == "cuda", free_memory(self.device)
@@ -343,10 +343,13 @@ class Replay:
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the columns that files keep, which are on disk when this returns."""
+        """Everything but the columns that files keep, which are on disk when this returns.
+
+        Columns are those of a full ring once it can be sampled whole, so that they can be taken over as they are.
+        """
         for file in self._files:
             file.flush()
-        filled = min(self.written, self.rows)
+        filled = self.written if self.written < self.capacity else self.rows
         columns = {} if self.folder else {name: x[:filled] for name, x in self.columns.items()}
         state = {"written": self.written, "columns": columns, "max_priority": self.max_priority}
         keys = [(row, place) for row, frames in self.ends.items() for place in frames]
@@ -367,7 +370,7 @@ class Replay:
         """
         self.written, self.max_priority = state["written"], state["max_priority"].to(self.device)
         saved: Batch = state["columns"]
-        if self.device.type == "cpu" and self.written >= self.rows:
+        if self.device.type == "cpu" and {len(column) for column in saved.values()} == {self.rows}:
             self.columns |= saved
         else:
             self._require_room(saved)

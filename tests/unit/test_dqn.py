@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -359,6 +360,27 @@ def test_refused_before_a_run_exists(tmp_path: Path, flags: dict[str, Any], mess
     with pytest.raises(ValueError, match=message):
         dqn.train(replace(SMALL, runs_dir=tmp_path / "runs", **flags))
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "copies"),
+    [({}, 3), ({"checkpoint_every": 80}, 3), ({"checkpoint_every": 240}, 2), ({"checkpoint_every": 0}, 1)],
+)
+def test_room_for_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: dict[str, int], copies: int
+) -> None:
+    """Guards against a disk that is full after hours: a transition takes 46 bytes, 400 of 800 are ever kept."""
+    flags = {"buffer_size": 800, "checkpoint_every": 100, **flags}
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr(offpolicy.shutil, "disk_usage", lambda _: usage(copies * 400 * 46 - 1))
+    wanted = (
+        r"--runs-dir .*/runs needs 0\.0 GB for checkpoints, 0\.0 GB are free; a smaller --buffer-size, --checkpoint"
+    )
+    with pytest.raises(ValueError, match=wanted):
+        dqn.train(replace(SMALL, runs_dir=tmp_path / "runs", **flags))
+    assert not (tmp_path / "runs").exists()
+    monkeypatch.setattr(offpolicy.shutil, "disk_usage", lambda _: usage(copies * 400 * 46))
+    dqn.train(replace(SMALL, runs_dir=tmp_path / "runs", **flags))
 
 
 def test_a_relative_replay_folder_is_one_wherever_a_run_is_resumed(

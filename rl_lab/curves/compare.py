@@ -10,6 +10,7 @@ import csv
 import dataclasses
 import json
 import math
+import shlex
 import tomllib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -24,6 +25,13 @@ from rl_lab.curves.statistics import Floats
 from rl_lab.curves.store import Run
 
 MARGINS = Path(__file__).parent / "margins.toml"
+# Flags which say where, how fast and for how long something is learned, or are judged apart.
+BOOKKEEPING = {
+    f"--{name}"
+    for name in ("env", "seed", "num-seeds", "total-timesteps", "stop-at", "until-return", "resume", "runs-dir",
+                 "device", "torch-threads", "env-threads", "backend", "compile", "no-compile", "log-every",
+                 "checkpoint-every", "eval-every", "eval-episodes", "replay-folder", "dataset", "semantics")
+}  # fmt: skip
 EXIT_CODES = {"better": 0, "match": 0, "worse": 1, "underpowered": 2, "informative": 2, "no reference": 3}
 
 
@@ -378,7 +386,21 @@ def _notes(ours: Sequence[Run], reference: Reference) -> list[str]:
     differing = sorted(name for name, values in settings.items() if len(values) > 1 and name != "seed")
     if differing:
         notes.append(f"our runs differ among themselves in {', '.join(differing)}")
+    own = all(run.config for run in reference.runs) and reference.runs
+    if (flags := _flags(ours[0].config.get("command", ""))) and not own:
+        notes.append(f"ours were trained with {flags}, which the reference may not have had")
     return notes
+
+
+def _flags(command: str) -> str:
+    """The flags of a training command which say what is learned, as they were given."""
+    found, keep = [], False
+    for word in shlex.split(command):
+        if word.startswith("--"):
+            keep = word.partition("=")[0] not in BOOKKEEPING
+        if keep:
+            found.append(word)
+    return shlex.join(found)
 
 
 def _equal(run: Run, other: Run) -> bool:
@@ -403,7 +425,10 @@ def _published(script: str, env: str, scores: Floats, budget: int) -> list[str]:
 def _read_curve(path: Path, script: str, env: str) -> Floats | None:
     """(K, 2) mean curve from a CSV with columns algo, env_id, global_step, and episodic_return or return_mean.
 
-    None for other files. `algo` is CleanRL's script, or the algorithm's name alone.
+    None for other files. `algo` is CleanRL's script, or without what its name says of the environment.
+
+    Raises:
+        ValueError: if it has no curve of this algorithm on this environment.
     """
     if not path.is_file() or path.suffix != ".csv":
         return None
@@ -414,15 +439,17 @@ def _read_curve(path: Path, script: str, env: str) -> Floats | None:
         if not column or not {"algo", "env_id", "global_step"} <= names:
             return None
         table = list(reader)
-    rows = [row for row in table if row["algo"] == script] or [
-        row for row in table if row["algo"] == script.split("_")[0]
-    ]
+    known = script, script.replace("_atari", "").removesuffix("_continuous_action")
+    rows = next((found for name in known if (found := [row for row in table if row["algo"].lower() == name])), [])
     _refuse_other_version(env, [row["env_id"] for row in rows])
     try:
         points = [(float(row["global_step"]), float(row[column])) for row in rows if row["env_id"] == env]
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error} in global_step or {column}") from None
-    return np.array(sorted(points)) if points else None
+    if not points:
+        there = ", ".join(sorted({f"{row['algo']} on {row['env_id']}" for row in rows or table}))
+        raise ValueError(f"{path} has no curve of {script} on {env}; it has {there}")
+    return np.array(sorted(points))
 
 
 def _curve_findings(ours: Floats, curve: Floats, budget: int) -> list[str]:

@@ -146,6 +146,26 @@ def test_the_severest_of_several_comparisons_is_the_exit_code(tmp_path: Path, re
     assert main([*good, *unknown, *bad, "--reference", reference]) == 1
 
 
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("python -m rl_lab.dqn --env X-v1 --num-seeds 10 --runs-dir runs/dqn --stop-at=9 --seed 3", None),
+        ("python -m rl_lab.dqn --env X-v1 --double --sticky-actions 0.25 --seed 3", "--double --sticky-actions 0.25"),
+        ("python -m rl_lab.dqn --gamma=0.9 --no-compile --env X-v1", "--gamma=0.9"),
+    ],
+)
+def test_flags_beside_the_reference_are_told(tmp_path: Path, command: str, told: str | None) -> None:
+    """Not beside other runs of ours, whose own flags are in their folders."""
+    ours, theirs = (
+        [run for path in runs(tmp_path / side, 480, 2, command=command) for run in store.load(Path(path))]
+        for side in ("ours", "theirs")
+    )
+    note = f"ours were trained with {told}, which the reference may not have had"
+    found = [note for note in judge(ours, Reference("cleanrl")).notes if "trained with" in note]
+    assert found == ([note] if told else [])
+    assert not any("trained with" in note for note in judge(ours, Reference("ours", theirs)).notes)
+
+
 def test_a_mean_curve_informs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = ["algo,env_id,global_step,episodic_return", "dqn,CartPole-v1,0,0"]
     lines += [f"ppo,CartPole-v1,{step},{20 + 460 * step / BUDGET}" for step in range(0, BUDGET + 1, 10_000)]
@@ -163,6 +183,31 @@ def test_a_mean_curve_informs(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert main([*runs(tmp_path / "again", 480, 4), "--reference", str(curve)]) == 2
     assert "curve's end: 480.0 at step 100,000" in capsys.readouterr().out
     assert main([*runs(tmp_path / "v5", 480, 1, env="CartPole-v5"), "--reference", str(curve)]) == 4
+
+
+@pytest.mark.parametrize(
+    ("script", "algo", "found"),
+    [
+        ("ppo_atari", "ppo", True),
+        ("ppo_atari", "PPO", True),
+        ("ppo_atari_lstm", "ppo_lstm", True),
+        ("sac_continuous_action", "SAC", True),
+        ("ppo_atari_lstm", "ppo", False),
+        ("td3_bc", "td3", False),
+    ],
+)
+def test_a_curve_is_of_the_algorithm(tmp_path: Path, script: str, algo: str, found: bool) -> None:
+    """Guards against the curve of another one, and against a file without ours taken for episodes."""
+    curve = tmp_path / "curve.csv"
+    curve.write_text(f"algo,env_id,global_step,return_mean\n{algo},Pong-v4,0,1\n{algo},Pong-v4,9,5\n")
+    if found:
+        reference = find_reference(str(curve), script, "Pong-v4")
+        assert reference.curve is not None and reference.curve.tolist() == [[0, 1], [9, 5]]
+    else:
+        with pytest.raises(ValueError, match=f"has no curve of {script} on Pong-v4; it has {algo} on Pong-v4"):
+            find_reference(str(curve), script, "Pong-v4")
+    with pytest.raises(ValueError, match=f"has no curve of {script} on Qbert-v4; it has {algo} on Pong-v4"):
+        find_reference(str(curve), script, "Qbert-v4")
 
 
 def test_a_reference_that_never_learns_is_uninformative(tmp_path: Path) -> None:

@@ -31,7 +31,8 @@ case $algo in
     c51)
         envs=(CartPole-v1)
         flags=()
-        seeds() { echo 10; }
+        seeds() { [[ $1 == *NoFrameskip-v4 ]] && echo 1 || echo 10; }
+        atari_stop=1500000
         ;;
     sac)
         envs=(HalfCheetah-v4 Hopper-v4)

@@ -7,8 +7,9 @@ here as a rollout runs them, 128 steps in one compiled graph; MuJoCo's tasks and
 thread.
 Of Gymnasium's SyncVectorEnv and, where it has one (CartPole-v1), its own vector implementation, the faster one counts.
 gymnax, where it is installed, likewise compiles 128 steps, and hands out observations, rewards and ends. For
-Atari (`--envs BreakoutNoFrameskip-v4`) the peer is ale_py's own vector environment, on one thread: it does less, as it
-makes its images grey before it resizes them, and shows other frames than CleanRL's wrappers.
+Atari (`--envs BreakoutNoFrameskip-v4`) the peers are ale_py's own vector environment and, where it is installed,
+EnvPool, on one thread each: they do less, as they make images grey before they take the maximum of two, and show other
+frames than CleanRL's wrappers.
 """
 
 from __future__ import annotations
@@ -90,6 +91,17 @@ def original(env_id: str, num_envs: int, actions: Tensor, mode: str) -> Callable
     return lambda: [env.step(row) for row in rows]
 
 
+def envpool(env_id: str, num_envs: int, actions: Tensor) -> Callable[[], object]:
+    """The same of EnvPool's games."""
+    import envpool
+
+    name = env_id.replace("NoFrameskip-v4", "-v5")
+    env = envpool.make_gymnasium(name, num_envs=num_envs, num_threads=1, episodic_life=True, reward_clip=True)
+    env.reset()
+    rows = list(actions.numpy())
+    return lambda: [env.step(row) for row in rows]
+
+
 def gymnax(env_id: str, num_envs: int, actions: Tensor) -> Callable[[], object]:
     """The same of gymnax's."""
     import gymnax
@@ -147,13 +159,16 @@ def measure(flags: Flags) -> dict[str, Any]:
             field |= {f"Gymnasium, {mode}": original(env_id, num_envs, actions, mode) for mode in modes}
             if env_id in GYMNAX and importlib.util.find_spec("gymnax"):
                 field["gymnax"] = gymnax(env_id, num_envs, actions)
+            if env_id.endswith("NoFrameskip-v4") and importlib.util.find_spec("envpool"):
+                field["EnvPool"] = envpool(env_id, num_envs, actions)
             speeds: dict[str, list[float]] = {name: [] for name in field}
             for turn in range(flags.slices + 1):  # the first is warm-up, and compilation
                 for name, run in field.items():
                     found = sps(run, num_envs, flags.seconds, clock)
                     speeds[name] += [found] if turn else []
             results.setdefault(env_id, {})[str(num_envs)] = speeds
-    names = ["torch", "numpy", "gymnasium", "mujoco"] + ["jax", "gymnax"] * bool(importlib.util.find_spec("gymnax"))
+    names = ["torch", "numpy", "gymnasium", "mujoco"]
+    names += [name for name in ("ale_py", "envpool", "jax", "gymnax") if importlib.util.find_spec(name)]
     gpu = {"gpu": torch.cuda.get_device_name()} if flags.device == "cuda" else {}
     return {
         "results": results,
@@ -167,13 +182,14 @@ def measure(flags: Flags) -> dict[str, Any]:
 def table(report: dict[str, Any]) -> Table:
     """The result for people: medians, and the medians of our ratio to each peer in the same turn."""
     found = Table("", "envs", title=f"Env steps per {report['per']}: medians, and medians of the ratios")
-    for column in ("rl_lab", "Gymnasium", "×", "gymnax", "×"):
+    for column in ("rl_lab", "Gymnasium or ale_py", "×", "gymnax or EnvPool", "×"):
         found.add_column(column, justify="right")
     for env_id, by_number in report["results"].items():
         for number, speeds in by_number.items():
             originals = [name for name in speeds if name.startswith("Gymnasium")]
             cells = [f"{statistics.median(speeds['rl_lab']):,.0f}"]
-            for peer in (max(originals, key=lambda name: statistics.median(speeds[name])), "gymnax"):
+            other = next((name for name in ("gymnax", "EnvPool") if name in speeds), "")
+            for peer in (max(originals, key=lambda name: statistics.median(speeds[name])), other):
                 theirs = speeds.get(peer)
                 ratio = theirs and statistics.median(a / b for a, b in zip(speeds["rl_lab"], theirs, strict=True))
                 cells += [f"{statistics.median(theirs):,.0f}", f"{ratio:.2f}"] if theirs else ["–", "–"]

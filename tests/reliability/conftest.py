@@ -47,6 +47,7 @@ DATA = "--no-compile --device cpu --total-timesteps 320 --log-every 32 --batch-s
 TINY = {
     "ppo": f"{SHARED} --num-steps 16 --num-minibatches 2 --update-epochs 2",
     "dqn": f"{SHARED} {REPLAY} --target-network-frequency 16",
+    "c51": f"{SHARED} {REPLAY} --target-network-frequency 16",
     "rainbow": f"{SHARED} {REPLAY} --target-network-frequency 16",
     "sac": f"{SHARED} {REPLAY} --train-frequency 16",
     "td3": f"{SHARED} {REPLAY} --train-frequency 16",

@@ -105,6 +105,30 @@ def test_backend(lab: Lab, tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("algo", "flags", "message", "status"),
+    [
+        ("dqn", "--env Pendulum-v1", "--env Pendulum-v1: this command needs one Discrete action, not Box", 1),
+        ("dqn", "--learning-starts 320", "--learning-starts 320 must be below --total-timesteps 320", 2),
+        ("dqn", "--buffer-size 10000000000000", "--buffer-size 10000000000000 needs .* GB, .* or --replay-folder", 1),
+        ("dqn", "--bf16", "--bf16 True must be off for vectors", 1),
+        ("dqn", "--priority-beta 0.5", "--priority-beta 0.5 must be left out, or with --prioritized", 2),
+        ("c51", "--v-max -100", "--v-max -100.0 must be finite and above --v-min -100.0", 2),
+        ("c51", "--env HalfCheetah-v4", "--env HalfCheetah-v4: this command needs one Discrete action, not Box", 1),
+        ("rainbow", "--noise-std 0", "--noise-std 0.0 must be finite and above 0: nothing else explores", 2),
+        ("sac", "--env CartPole-v1", "--env CartPole-v1: SAC needs actions in a bounded Box, not Discrete", 1),
+        ("sac", "--alpha 0.1", "--alpha 0.1 must be left out, or with --no-autotune", 2),
+        ("td3", "--env CartPole-v1", "--env CartPole-v1: TD3 needs actions in a bounded Box, not Discrete", 1),
+        ("td3", "--buffer-size 99", "--buffer-size 99 must be a multiple of --num-envs 2", 2),
+        ("iql", "--dataset none.hdf5", "none.hdf5 is no file; D4RL's are at", 1),
+        ("td3_bc", "", "--dataset  must be a Minari id or a path", 1),
+    ],
+)
+def test_other_commands(lab: Lab, tmp_path: Path, algo: str, flags: str, message: str, status: int) -> None:
+    assert_one_line(lab.train(tmp_path / "runs", *flags.split(), algo=algo), message, status)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_no_compiler(lab: Lab, tmp_path: Path) -> None:
     hide = f"import os; os.environ.update(PATH='/', RL_LAB_CACHE={str(tmp_path)!r}); os.environ.pop('CXX', None)"
     ended = lab.train(tmp_path / "runs", "--compile", before=hide)

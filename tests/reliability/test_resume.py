@@ -172,11 +172,15 @@ def test_killed_while_it_plays_atari(lab: Lab, tmp_path: Path, algo: str, flags:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [CARTPOLE, HALFCHEETAH], ids=["native", "mujoco"])
-def test_killed_while_compiled(lab: Lab, tmp_path: Path, flags: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("algo", "flags"),
+    [("ppo", CARTPOLE), ("ppo", HALFCHEETAH), ("dqn", [*REPLAY, "--prioritized"])],
+    ids=["native", "mujoco", "replay"],
+)
+def test_killed_while_compiled(lab: Lab, tmp_path: Path, algo: str, flags: list[str]) -> None:
     flags = [*flags, "--compile"]
-    lab.train(tmp_path / "cache", *flags)  # so that the compiler's own files do not count
-    kill_five_times(lab, tmp_path / "writes", "ppo", flags, WRITES, random.Random(0))
+    lab.train(tmp_path / "cache", *flags, algo=algo)  # so that the compiler's own files do not count
+    kill_five_times(lab, tmp_path / "writes", algo, flags, WRITES, random.Random(0))
 
 
 def kill_five_times(lab: Lab, runs_dir: Path, algo: str, flags: list[str], before: str, random_: random.Random) -> None:

@@ -155,7 +155,7 @@ def common_budget(runs: Sequence[Run]) -> int:
 def require_finished(runs: Sequence[Run], budget: int) -> None:
     """Raises ValueError if a run was stopped before its budget, or went beyond it."""
     for run in runs:
-        if not store.FINISHED * budget <= run.steps[-1] <= budget:
+        if run.steps[-1] > budget or not _finished(run, budget):
             raise ValueError(
                 f"{run.path} seed {run.seed}: its last episode ends at step {run.steps[-1]:.0f} of {budget}: finish it "
                 "with --resume, or compare runs of equal budget"
@@ -164,8 +164,11 @@ def require_finished(runs: Sequence[Run], budget: int) -> None:
 
 def reached(runs: Sequence[Run], budget: int) -> int:
     """The env step up to which every run was run: the budget, if all are finished."""
-    last = int(min(run.steps[-1] for run in runs))
-    return budget if last >= store.FINISHED * budget else last
+    return budget if all(_finished(run, budget) for run in runs) else int(min(run.steps[-1] for run in runs))
+
+
+def _finished(run: Run, budget: int) -> bool:
+    return run.finished or bool(run.steps[-1] >= store.FINISHED * budget)
 
 
 def cut(run: Run, end: int) -> Run:

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader  # type: ignore[import-untyped]
 
 REFERENCE = Path(__file__).parent / "reference"
-FINISHED = 0.98  # of the budget: the last episode of a run that was not stopped ends later than this
+FINISHED = 0.98  # of the budget: where no file tells that a run was not stopped, its last episode ends later than this
 
 # Which CleanRL script an algorithm of ours is compared with, where the names differ.
 SCRIPTS = {(algo, "Box"): f"{algo}_continuous_action" for algo in ("ppo", "sac", "td3")}
@@ -42,6 +42,7 @@ class Run:
         algo: our algorithm or the script that ran.
         steps, returns: (E,) env step at which an episode ended, increasing, and its undiscounted return.
         total_timesteps: the budget asked for, None where the files do not tell.
+        finished: whether they tell that it was trained to its end.
         config: config.json of a run of ours, else empty.
     """
 
@@ -53,6 +54,7 @@ class Run:
     returns: NDArray[np.float64]
     total_timesteps: int | None = None
     config: dict[str, Any] = field(default_factory=dict)
+    finished: bool = False
 
     @property
     def script(self) -> str:
@@ -154,7 +156,9 @@ def _load_folder(path: Path) -> Run:
     if not isinstance(config["seed"], int) or not isinstance(config["total_timesteps"], int):
         raise ValueError(f"{path / 'config.json'}: seed and total_timesteps must be whole numbers")
     table = read_episodes(path / "episodes.csv.gz")
-    return _run(path, config["env"], config["algo"], int(config["seed"]), table, config["total_timesteps"], config)
+    # A run that --until-return ended has a model, too.
+    done = (path / "model.safetensors").is_file() and config.get("args", {}).get("until_return") is None
+    return _run(path, config["env"], config["algo"], config["seed"], table, config["total_timesteps"], config, done)
 
 
 def _load_events(path: Path) -> Run:
@@ -204,11 +208,9 @@ def _load_csv(path: Path) -> list[Run]:
     if name[3] is not None:
         return [_run(path, name[2], name[1], int(name[3]), table)]
     note, seeds = provenance(path), table["seed"]
-    env, budget = str(note.get("env", name[2])), note.get("total_timesteps")
-    return [
-        _run(path, env, name[1], int(s), {k: column[seeds == s] for k, column in table.items()}, budget)
-        for s in np.unique(seeds)
-    ]
+    env, budget, done = str(note.get("env", name[2])), note.get("total_timesteps"), note.get("finished", False)
+    rows = {int(s): {k: column[seeds == s] for k, column in table.items()} for s in np.unique(seeds)}
+    return [_run(path, env, name[1], s, episodes, budget, finished=done) for s, episodes in rows.items()]
 
 
 def _run(
@@ -219,13 +221,14 @@ def _run(
     table: dict[str, NDArray[np.float64]],
     budget: int | None = None,
     config: dict[str, Any] | None = None,
+    finished: bool = False,
 ) -> Run:
     steps, returns = table["global_step"], table["episodic_return"]
     if not len(steps):
         raise ValueError(f"{path}: no episode has ended")
     if not np.isfinite(returns).all() or (np.diff(steps) < 0).any():
         raise ValueError(f"{path}: an episode's return is not finite, or its steps decrease")
-    return Run(path, env, algo, seed, steps, returns, budget, config or {})
+    return Run(path, env, algo, seed, steps, returns, budget, config or {}, finished)
 
 
 def _gunzip(path: Path, data: bytes) -> tuple[bytes, bool]:

@@ -17,6 +17,7 @@ import io
 import json
 import math
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,8 +68,9 @@ def keep(runs: Sequence[Run], target: Path) -> Path:
         )
     note = {"script": first.script, "env": first.env, "algo": first.algo, "seeds": first.config["seeds"]}
     note |= {"total_timesteps": common_budget(runs), "semantics": first.config["semantics"]}
+    note["finished"] = all(run.finished for run in runs)
     # The folder as it is named here, not as it lay on the machine that trained.
-    note["command"] = first.config["command"].replace(first.config["args"]["runs_dir"], str(first.path.parent))
+    note["command"] = _in_folder(first.config["command"], str(first.path.parent))
     origin = ("versions", "git_commit", "hardware", "data")  # the last of runs that learned from a data set
     note |= {name: first.config[name] for name in origin if name in first.config}
     lines = ["seed,global_step,episodic_return"]
@@ -80,6 +82,17 @@ def keep(runs: Sequence[Run], target: Path) -> Path:
     _replace(target / f"{name}.json", (json.dumps(note, indent=1) + "\n").encode())
     _replace(path, gzip.compress("\n".join([*lines, ""]).encode(), mtime=0))  # last: results are there if it is
     return path
+
+
+def _in_folder(command: str, folder: str) -> str:
+    """A training command with another --runs-dir, where it has one."""
+    words = shlex.split(command)
+    for i, word in enumerate(words):
+        if word.startswith("--runs-dir="):
+            words[i] = f"--runs-dir={folder}"
+        elif word == "--runs-dir":
+            words[i + 1 : i + 2] = [folder]
+    return shlex.join(words)
 
 
 def _replace(path: Path, content: bytes) -> None:

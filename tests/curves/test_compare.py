@@ -147,6 +147,25 @@ def test_the_severest_of_several_comparisons_is_the_exit_code(tmp_path: Path, re
 
 
 @pytest.mark.parametrize(
+    ("files", "config", "whole"),
+    [(["model.safetensors"], {}, True), ([], {}, False), (["model.safetensors"], {"until_return": 300.0}, False)],
+    ids=["finished", "stopped", "until a return"],
+)
+def test_a_finished_run_is_whole_whenever_its_last_episode_ended(
+    tmp_path: Path, files: list[str], config: dict[str, Any], whole: bool
+) -> None:
+    """64 environments with episodes of one length end them all together, the last ones at 96 % of the budget here."""
+    paths = runs(tmp_path, 480, 3, total_timesteps=BUDGET + BUDGET // 24, args=config)
+    for path in paths:
+        for name in files:
+            (Path(path) / name).touch()
+    ours = [run for path in paths for run in store.load(Path(path))]
+    result = judge(ours, Reference("cleanrl"))
+    assert (result.budget == result.whole) == whole
+    assert any("as far as all of our runs were run" in note for note in result.notes) != whole
+
+
+@pytest.mark.parametrize(
     ("command", "told"),
     [
         ("python -m rl_lab.dqn --env X-v1 --num-seeds 10 --runs-dir runs/dqn --stop-at=9 --seed 3", None),

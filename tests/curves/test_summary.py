@@ -142,6 +142,19 @@ def test_the_plot_has_a_panel_for_each_environment(here: Path) -> None:
     assert [float(y[0]) for y in hopper[:2]] == [2000.0, 2382.86]  # ours, then the published mean and its whiskers
 
 
+@pytest.mark.parametrize(
+    ("command", "moved"),
+    [
+        ("python -m rl_lab.ppo --runs-dir runs --seed 1", "python -m rl_lab.ppo --runs-dir kept/x --seed 1"),
+        ("python -m rl_lab.ppo --runs-dir=.", "python -m rl_lab.ppo --runs-dir=kept/x"),
+        ("python -m rl_lab.ppo --env CartPole-v1", "python -m rl_lab.ppo --env CartPole-v1"),
+    ],
+)
+def test_only_the_folder_of_a_command_is_moved(command: str, moved: str) -> None:
+    """Guards against a replacement of the same letters elsewhere in it."""
+    assert summary._in_folder(command, "kept/x") == moved
+
+
 def test_the_command_replaces_what_stands_between_the_markers(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(Path("runs/ppo"), *CARTPOLE)
     readme = here / "README.md"

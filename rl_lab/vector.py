@@ -191,8 +191,18 @@ class TensorEnv(VectorEnv):
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What a compiled `dynamics` depends on: the class, sources of it and its bases, the plain settings."""
-        plain = {name: x for name, x in vars(self).items() if isinstance(x, int | float | str | bool | tuple)}
+        """What a compiled `dynamics` depends on: the class, sources of it and its bases, the plain settings.
+
+        Raises:
+            ValueError: if the object holds anything else, whose change would not show in it.
+        """
+        plain = {name: x for name, x in vars(self).items() if name not in ("seeds", "device", "state")}
+        for name, x in plain.items():
+            if not isinstance(x, int | float | str | tuple | gym.Space | None):
+                told = (
+                    f"{type(self).__name__}.{name} is a {type(x).__name__}, which a compiled step would not see change"
+                )
+                raise ValueError(f"{told}: make it a number, a string or a tuple, or compute it where it is used")
         modules = {base.__module__ for base in type(self).__mro__ if issubclass(base, TensorEnv)}
         sources = [inspect.getsource(sys.modules[name]) for name in sorted(modules)]
         return type(self).__qualname__, sources, sorted(plain.items(), key=str)

@@ -126,6 +126,24 @@ def test_a_compiled_task_is_told_by_its_bases_too(page: Path) -> None:
     assert any("def transition" in source and "class Point" in source for source in key[1])
 
 
+def test_another_seed_compiles_nothing_anew_and_what_a_key_cannot_tell_is_refused(page: Path) -> None:
+    """A list may change without a trace in the key, and the old dynamics would be trained."""
+    keys = [make("CartPole-v1", (seed,), 4).key for seed in (1, 2)]  # type: ignore[attr-defined]
+    assert keys[0] == keys[1]
+    (page / "listed.py").write_text(
+        "import point\n\n\nclass Listed(point.Point):\n    def __init__(self, *args):\n"
+        "        super().__init__(*args)\n        self.goals, self.gain, self.none = GOALS, 2.0, None\n\n\n"
+        "GOALS = (1, 2)\n"
+    )
+    env = make("listed:Listed", (1,), 1)
+    assert ("goals", (1, 2)) in env.key[2]  # type: ignore[attr-defined]
+    env.goals = [1, 2]  # type: ignore[attr-defined]
+    with pytest.raises(
+        ValueError, match=r"Listed.goals is a list, which a compiled step would not see change: make it"
+    ):
+        env.key  # type: ignore[attr-defined]  # noqa: B018
+
+
 def test_what_names_no_environment_is_refused(page: Path) -> None:
     with pytest.raises(ValueError, match="point:Nothing cannot be made"):
         make("point:Nothing", (1,), 1)

@@ -12,7 +12,7 @@ Differs from CleanRL's dqn.py and dqn_atari.py in:
   - gradient steps come after env steps 10, 20, ... of `--train-frequency 10`; theirs come one env step later;
   - between two gradient steps the parameters stand still, so these env steps are taken in one compiled call;
   - a truncated episode's successor is the true one; so is theirs under Gymnasium 0.29, but for images;
-  - convolutions compute in bfloat16, as `--bf16` has it; parameters, gradients and Adam are float32.
+  - what reads images computes in bfloat16, as `--bf16` has it; parameters, gradients and Adam are float32.
 
     python -m rl_lab.dqn --env CartPole-v1        expected results: docs/dqn.md
 """

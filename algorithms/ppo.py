@@ -13,7 +13,7 @@ Differs from CleanRL's ppo.py, ppo_atari.py and ppo_continuous_action.py in:
   - `--target-kl` compares the epoch's mean divergence; `--semantics cleanrl` the last minibatch's;
   - observations and rewards are normalised by statistics per seed, not per environment (the same with one environment);
   - values and log-probabilities of a rollout are computed after it in one batch: the same numbers to rounding;
-  - convolutions compute in bfloat16, as Atari's `--bf16` has it; parameters, gradients and Adam are float32.
+  - what reads images computes in bfloat16, as Atari's `--bf16` has it; parameters, gradients and Adam are float32.
 
     python -m rl_lab.ppo --env HalfCheetah-v4        expected results: docs/ppo.md
 """
@@ -244,7 +244,7 @@ def learn(
 def train(args: Args) -> Run:
     """Train `args.num_seeds` agents; everything is in the run folders afterwards."""
     (rank, num_ranks), (whole, args) = ranks(), share(args)  # `whole` is of all ranks under torchrun, `args` this one's
-    args.require_room(make(args.env, (0,), 1), args.num_envs, args.num_steps, hidden=4 * 64)
+    args.require_room(make(args.env, (0,), 1, *args.make_options), args.num_envs, args.num_steps, hidden=4 * 64)
     env = make(args.env, args.env_seeds(rank), args.num_envs, *args.make_options)
     actions, images = Actions.of(env.action_space), is_image(env.observation_space)
     args.require("normalize", not (images and args.normalize), "off for images")
@@ -297,4 +297,4 @@ def defaults(env_id: str) -> Args:
 
 
 def main() -> None:
-    run(train, Args, defaults)
+    run(train, Args, defaults, data_parallel=True)

@@ -9,9 +9,8 @@ each number stands where the detail happens. Those of algorithms/ppo.py hold too
 
 Differs from CleanRL's ppo_atari_lstm.py in:
   - observations may also be vectors, which go through two tanh layers of 64 units (`body`);
-  - a truncated episode bootstraps from the value of its true successor, under the memory that the episode has;
-    `--semantics cleanrl` treats truncation as termination;
-  - there is no `--target-kl`, and convolutions compute in bfloat16, as Atari's `--bf16` has it;
+  - a truncated episode bootstraps from its true successor under its memory, but with `--semantics cleanrl`;
+  - there is no `--target-kl`, and what reads images computes in bfloat16, as Atari's `--bf16` has it;
   - values and log-probabilities of a rollout are computed after it in one replay: the same numbers to rounding.
 
     python -m rl_lab.ppo_lstm --env Recall-v0        expected results: docs/ppo_lstm.md
@@ -64,7 +63,7 @@ class Args(RunArgs):
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # bound on the norm of the gradient
     lstm_size: int = 64  # units of the memory, H
-    bf16: bool = False  # compute the convolutions of images in bfloat16
+    bf16: bool = False  # compute the network of images in bfloat16, up to the memory
     semantics: Literal["correct", "cleanrl"] = "correct"  # of truncation, see the head of this file
 
     def __post_init__(self) -> None:
@@ -253,7 +252,8 @@ def learn(
 
 def train(args: Args) -> Run:
     """Train `args.num_seeds` agents; everything is in the run folders afterwards."""
-    args.require_room(make(args.env, (0,), 1), args.num_envs, args.num_steps, hidden=2 * 64 + 8 * args.lstm_size)
+    sizes = args.num_envs, args.num_steps, 2 * 64 + 8 * args.lstm_size
+    args.require_room(make(args.env, (0,), 1, *args.make_options), *sizes)
     env = make(args.env, args.seeds, args.num_envs, *args.make_options)
     space, actions, generators = env.observation_space, Actions.of(env.action_space), args.generators(0)
     args.require("bf16", is_image(space) or not args.bf16, "off for vectors, whose networks are small")

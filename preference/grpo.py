@@ -297,4 +297,4 @@ def train(args: Args) -> LanguageRun:
 
 
 def main() -> None:
-    run(train, Args)
+    run(train, Args, data_parallel=True)

@@ -24,6 +24,7 @@ import torch
 import tyro
 
 from rl_lab.compiler import NoCompiler
+from rl_lab.distributions import Actions, sample
 from rl_lab.episodes import evaluation_seeds
 from rl_lab.log import RunLog
 from rl_lab.memory import require_memory
@@ -169,6 +170,9 @@ class RunArgs(BaseArgs):
             hidden: numbers in the networks' hidden layers for one observation; images have the Nature CNN's.
         """
         rows = [env.reset(), torch.as_tensor(np.array(env.action_space.sample())).unsqueeze(0)]
+        if (mask := env.action_mask) is not None:
+            allowed = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -math.inf)
+            rows[1], _ = sample({"logits": allowed}, None, Actions.of(env.action_space))
         rows += [*env.step(rows[1])[:4], env.episode_returns, env.episode_lengths]
         row = sum(x.nbytes for x in rows)  # of single steps, then of the rollout, then what minibatches are drawn from
         hidden = NATURE_CNN_SIZE if is_image(env.observation_space) else hidden
@@ -228,6 +232,7 @@ def run(
     train: Callable[[Any], Any],
     args_type: type[BaseArgs],
     defaults: Callable[[str], BaseArgs] | None = None,
+    data_parallel: bool = False,
 ) -> None:
     """Parse the command line and train; every expected fault ends in one line and exit status 1 (2 for flags).
 
@@ -235,9 +240,12 @@ def run(
         train: takes the parsed flags.
         args_type: the algorithm's Args.
         defaults: gives its defaults for an environment id; None where they are the same for everything.
+        data_parallel: whether the ranks of torchrun share the work; else they are refused.
     """
     status = 2
     try:
+        if (size := int(os.environ.get("WORLD_SIZE", 1))) > 1 and not data_parallel:
+            raise ValueError(f"torchrun's {size} ranks would each train the same: start this command without it")
         args = parse(sys.argv[1:], args_type, defaults)
         status = 1
         torch.set_num_threads(args.torch_threads)

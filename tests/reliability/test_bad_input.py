@@ -129,6 +129,15 @@ def test_other_commands(lab: Lab, tmp_path: Path, algo: str, flags: str, message
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("algo", ["dqn", "sac", "iql"])
+def test_torchrun_is_refused_where_ranks_share_nothing(lab: Lab, tmp_path: Path, algo: str) -> None:
+    """They would train the same seed into folders of their own, one of which has no checkpoint."""
+    before = "import os; os.environ.update(WORLD_SIZE='2', RANK='1')"
+    ended = lab.train(tmp_path / "runs", before=before, algo=algo)
+    assert_one_line(ended, "torchrun's 2 ranks would each train the same: start this command without it", status=2)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_no_compiler(lab: Lab, tmp_path: Path) -> None:
     hide = f"import os; os.environ.update(PATH='/', RL_LAB_CACHE={str(tmp_path)!r}); os.environ.pop('CXX', None)"
     ended = lab.train(tmp_path / "runs", "--compile", before=hide)

@@ -7,13 +7,16 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import gymnasium as gym
 import pytest
 import torch
 
 from rl_lab import memory
 from rl_lab.algorithms import ppo
 from rl_lab.envs import make
+from rl_lab.envs.memory import Recall
 from rl_lab.memory import free_memory, require_memory
 
 CPU = torch.device("cpu")
@@ -57,6 +60,24 @@ def test_too_many_environments_leave_no_run(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"num_envs=1000000 takes 550.0 GB .* would fit"):
         make("HalfCheetah-v4", (0,), 10**6)
     assert not list(tmp_path.iterdir())
+
+
+class Picky(Recall):
+    """Allows one action of its fifty, and raises on any other."""
+
+    action_space = gym.spaces.Discrete(50)
+
+    def mask(self, physics: torch.Tensor) -> torch.Tensor:
+        return torch.arange(50).expand(len(physics), -1) == 37
+
+    def transition(self, physics: torch.Tensor, actions: torch.Tensor, draws: torch.Tensor) -> Any:
+        assert (actions == 37).all()
+        return super().transition(physics, torch.zeros_like(actions), draws)
+
+
+def test_the_step_that_is_measured_is_an_allowed_one() -> None:
+    for _ in range(5):
+        ppo.Args(num_envs=2).require_room(Picky((0,), 1), 2, 16, hidden=4 * 64)
 
 
 # Of this program alone: getrusage's maximum starts from what the process that began it has taken.

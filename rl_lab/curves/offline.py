@@ -43,7 +43,8 @@ IQM of D4RL's normalized scores over seeds, with its 95 % interval: the last par
 actions; seeds × gradient steps. The verdict and P, the chance that a run is above one of BC, are against BC on the same
 data ([how](docs/offline.md)). In brackets what CORL reports after a million gradient steps on D4RL's set of this name:
 other data, unless the row is D4RL's file itself (…-v2): after as many steps it says whether that is in our interval.
-`runs/offline.sh` makes the rows again; [runs/results/offline](runs/results/offline) has every episode."""
+[runs/results/offline](runs/results/offline) has every episode; where files are removed there, `runs/offline.sh` makes
+them again."""
 
 
 @dataclass(frozen=True)

@@ -44,8 +44,8 @@ Seeds are ours : CleanRL's. The four figures after them are of the mean return i
 over seeds: IQM with its bootstrap interval, and mean ± std as CleanRL prints it. The verdicts, with their margins, are
 on this score and on the area under the learning curve ([how](docs/curves.md)); where no runs of CleanRL were measured,
 its published figure informs. A run whose row names a step was stopped there; published figures are of whole budgets.
-`runs/reproduce.sh {algo} ENVIRONMENT` makes a row again; [runs/results/{algo}](runs/results/{algo}) has every episode,
-with command, commit, versions and hardware."""
+[runs/results/{algo}](runs/results/{algo}) has every episode, with command, commit, versions and hardware; where a row's
+files are removed there, `runs/reproduce.sh {algo} ENVIRONMENT` makes it again."""
 
 
 def keep(runs: Sequence[Run], target: Path) -> Path:

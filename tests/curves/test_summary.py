@@ -163,7 +163,7 @@ def test_the_command_replaces_what_stands_between_the_markers(here: Path, capsys
     printed = capsys.readouterr().out
     text = readme.read_text()
     assert text.startswith("before\n<!-- results:ppo -->\n| environment |")
-    assert text.endswith("hardware.\n<!-- /results:ppo -->\nafter\n") and "old" not in text
+    assert text.endswith("makes it again.\n<!-- /results:ppo -->\nafter\n") and "old" not in text
     assert text[text.index("| environment") : text.index("<!-- /")] in printed
     assert (here / "runs/results/ppo.png").read_bytes().startswith(b"\x89PNG")
     summary.main("ppo")

@@ -54,6 +54,32 @@ def test_ranks_average_to_the_whole_batch(tmp_path: Path) -> None:
         torch.testing.assert_close(part, whole, rtol=1e-5, atol=1e-7)
 
 
+def train_small(folder: str) -> None:
+    """What each rank ends with, and what it learned from first."""
+    rollouts: list[Rollout] = []
+    collect = ppo.Collector.collect
+    ppo.Collector.collect = lambda self, *args: (rollouts.append(collect(self, *args)), rollouts[-1])[1]  # type: ignore[assignment, method-assign]
+    args = Args(total_timesteps=256, num_steps=32, compile=False, device="cpu", runs_dir=Path(folder) / "runs")
+    params = ppo.train(args).state()["params"]
+    columns = {name: rollouts[0][name] for name in ("obs", "actions")}
+    torch.save(params | columns, f"{folder}/{ppo.ranks()[0]}.pt")
+
+
+def test_ranks_learn_the_same_from_data_of_their_own(tmp_path: Path) -> None:
+    """Guards against ranks that never average, that start apart, or that play the same episodes."""
+    here = Path(__file__)
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import sys; sys.path[:0] = [{str(here.parent)!r}, {str(here.parents[2])!r}]\n"
+        f"import test_distributed\ntest_distributed.train_small({str(tmp_path)!r})\n"
+    )
+    subprocess.run([*TORCHRUN, str(script)], check=True, capture_output=True, cwd=here.parents[2], timeout=240)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert not torch.equal(first.pop("obs"), second.pop("obs"))
+    assert not torch.equal(first.pop("actions"), second.pop("actions"))
+    assert all(torch.equal(p, second[name]) for name, p in first.items())
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two ranks with two environments each."""

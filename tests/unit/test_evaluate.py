@@ -104,6 +104,18 @@ def run(cartpole: Run, tmp_path: Path) -> Path:
     return tmp_path / "runs" / cartpole.logs.folders[1].name
 
 
+def test_memory_lasts_as_long_as_an_episode() -> None:
+    """Guards detail 34 in evaluation: episodes are of one step in row 0, of four in row 1; what acts counts them."""
+    seen = []
+
+    def act(inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        seen.append(inputs["cell"][:, 0].tolist())
+        return torch.zeros(2).long(), {"cell": inputs["cell"] + 1}
+
+    evaluate(act, Counting(), episodes=2, memory={"cell": torch.zeros(2, 1)})
+    assert seen == [[0, 0], [0, 1], [0, 2], [0, 3]] * 2
+
+
 def test_every_environment_counts_its_own_episodes() -> None:
     seen = []
 

@@ -131,3 +131,16 @@ def test_new_episodes_go_on_with_the_statistics() -> None:
     mean, var = expected(np.array([[1.0], [3.0], [9.0], [40.0]]))
     np.testing.assert_allclose(obs, ([[9.0], [40.0]] - mean) / np.sqrt(var + 1e-8), rtol=1e-6)
     assert later["discounted"].tolist() == [0.0, 0.0] and later["returns"] is normalizer["returns"]
+
+
+def test_observations_are_clipped_where_they_are_used() -> None:
+    """Guards detail 29: of a thousand zeros and one far off, that one is some thirty deviations away."""
+    outlier = torch.zeros(1001, 1)
+    outlier[0] = 1e3
+    normalizer, first = begin(outlier)
+    assert first.max().item() == 10.0
+    ends = torch.zeros(1001, dtype=torch.bool)
+    ends[0] = True
+    step = Step(outlier, torch.zeros(1001), ends, torch.zeros_like(ends), -outlier)
+    _, seen = observe(normalizer, step, gamma=0.99, cleanrl=False)
+    assert seen.next_obs.max().item() == 10.0 and seen.obs.min().item() == -10.0

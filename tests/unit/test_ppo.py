@@ -86,6 +86,44 @@ def test_initial_agent() -> None:
     assert "logstd" not in ppo.init_params(vectors(4), DISCRETE, generator())
 
 
+def test_initial_agent_of_images() -> None:
+    """Guards details 2 and 21: orthogonal filters of gain sqrt(2) and zero biases in one trunk; gains of the heads."""
+    params = ppo.init_params(gym.spaces.Box(0, 255, (4, 84, 84), np.uint8), DISCRETE, generator())
+    for layer in range(4):
+        rows = params[f"trunk.{layer}.weight"].flatten(1)
+        torch.testing.assert_close(rows @ rows.T, 2 * torch.eye(len(rows)), rtol=0, atol=1e-5)
+    actor, critic = params["actor.0.weight"], params["critic.0.weight"]
+    torch.testing.assert_close(actor @ actor.T, 1e-4 * torch.eye(3), rtol=0, atol=1e-9)
+    torch.testing.assert_close(critic @ critic.T, torch.ones(1, 1), rtol=0, atol=1e-5)
+    assert not any(p.any() for name, p in params.items() if name.endswith("bias"))
+
+
+@pytest.mark.parametrize("semantics", ["correct", "cleanrl"])
+def test_normalisation_is_given_discount_and_semantics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, semantics: Any
+) -> None:
+    """Guards detail 30 where training uses it; the scaling itself is in test_normalize.py."""
+    seen, observe = [], ppo.observe
+
+    def recording(*args: Any, **kwargs: Any) -> Any:
+        seen.append(kwargs)
+        return observe(*args, **kwargs)
+
+    monkeypatch.setattr(ppo, "observe", recording)
+    args = replace(SMALL, env="Pendulum-v1", gamma=0.8, normalize=True, semantics=semantics, runs_dir=tmp_path)
+    ppo.train(args)
+    assert seen and all(kwargs == {"gamma": 0.8, "cleanrl": semantics == "cleanrl"} for kwargs in seen)
+
+
+def test_a_trained_policy_clips_what_it_sees() -> None:
+    """Guards detail 29 in evaluation: 1e6 deviations are 10."""
+    params, moments = some_params(BOX), {"obs": {"mean": torch.full((4,), 5.0), "var": torch.full((4,), 4.0)}}
+    far, edge = (ppo.policy(params, moments, {"obs": torch.full((1, 4), x)}, None, BOX) for x in (2e6, 25.0))
+    near = ppo.policy(params, moments, {"obs": torch.full((1, 4), 24.0)}, None, BOX)
+    torch.testing.assert_close(far, edge, rtol=0, atol=1e-5)
+    assert not torch.allclose(near, edge, rtol=0, atol=1e-4)
+
+
 def test_multidiscrete_is_a_product() -> None:
     """Guards detail 37: log-probability and entropy are sums over independent components, in their order."""
     params, batch = some_params(MULTI), some_batch(MULTI)

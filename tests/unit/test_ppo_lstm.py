@@ -125,6 +125,8 @@ def test_initialisation() -> None:
         weight = params[f"lstm.weight_{part}"]
         torch.testing.assert_close(weight.T @ weight, torch.eye(weight.shape[1]), rtol=0, atol=1e-5)
         assert not params[f"lstm.bias_{part}"].any()
+    hidden = params["body.1.weight"]
+    torch.testing.assert_close(hidden.T @ hidden, 2 * torch.eye(64), rtol=0, atol=1e-5)
     assert params["actor.0.weight"].norm(dim=1).tolist() == pytest.approx([0.01] * 4, rel=1e-4)
     assert params["critic.0.weight"].norm().item() == pytest.approx(1, rel=1e-4)
     memory = ppo_lstm.init_memory(params, 3)
@@ -163,6 +165,14 @@ def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tu
             return ppo_lstm.train(replace(args, runs_dir=folder)).state(), logged
 
     return run
+
+
+def test_the_learning_rate_falls_to_zero(trained: Any) -> None:
+    """Guards detail 4: by iterations, and not with --no-anneal-lr."""
+    for anneal, shares in ((True, (1, 0.75, 0.5, 0.25)), (False, (1, 1, 1, 1))):
+        _, logged = trained(replace(SMALL, learning_rate=0.01, anneal_lr=anneal))
+        rates = [float(metrics["charts/learning_rate"]) for _, metrics, *_ in logged]
+        assert rates == pytest.approx([0.01 * share for share in shares])
 
 
 @pytest.mark.parametrize("task", [Recall, Cut])
@@ -346,7 +356,8 @@ def test_defaults() -> None:
     assert ppo_lstm.defaults("Recall-v0") == Args()
     images, vectors = (ppo_lstm.defaults(env_id) for env_id in ("PongNoFrameskip-v4", "CartPole-v1"))
     expected = {"num_envs": 8, "num_steps": 128, "num_minibatches": 4, "update_epochs": 4, "lstm_size": 128}
-    expected |= {"total_timesteps": 10_000_000, "clip_coef": 0.1}
+    expected |= {"total_timesteps": 10_000_000, "clip_coef": 0.1, "anneal_lr": True, "norm_adv": True}
+    expected |= {"clip_vloss": True, "ent_coef": 0.01, "vf_coef": 0.5, "max_grad_norm": 0.5}
     for args in (images, vectors):
         assert {name: getattr(args, name) for name in expected} == expected
         assert (args.learning_rate, args.gamma, args.gae_lambda) == (2.5e-4, 0.99, 0.95)

@@ -17,7 +17,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -54,8 +54,8 @@ class Verdicts(NamedTuple):
     Attributes:
         wins: (N,) of the first answer: 1, 0 or 0.5 for a tie.
         probabilities: (N,) that the first answer wins, of judges that have them; else ().
-        agreed: (N,) whether both orders gave the same winner, None where a reply was unparsable; () of judges that do
-            not see both answers.
+        agreed: (N,) whether both orders gave the same winner, None where a reply was unparsable, or answers are equal
+            and nothing was asked; () of judges that do not see both answers.
         usage: of endpoints: requests, prompt_tokens and completion_tokens; unmetered, the replies that do not say how
             many tokens they took; nonsense, those that were neither A, B nor tie; unparsable, those that still were not
             when asked again. None of other judges.
@@ -98,8 +98,22 @@ def rate(wins: Sequence[float]) -> Rate:
 def audit(judge: Judge, pairs: Sequence[Example]) -> tuple[Rate, Verdicts]:
     """How often a judge prefers what people chose; a tie is half right, as a coin would be."""
     chosen, rejected = ([x.completions[i] for x in pairs] for i in range(2))
-    verdicts = judge([x.prompt for x in pairs], chosen, rejected)
+    verdicts = judged(judge, [x.prompt for x in pairs], chosen, rejected)
     return rate(verdicts.wins), verdicts
+
+
+def judged(judge: Judge, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]) -> Verdicts:
+    """What a judge says of N pairs; equal answers tie, and it is not asked about them."""
+    asked = [i for i, (a, b) in enumerate(zip(first, second, strict=True)) if a != b]
+    if not asked:
+        return Verdicts([0.5] * len(prompts))
+    found = judge([prompts[i] for i in asked], [first[i] for i in asked], [second[i] for i in asked])
+
+    def every(values: Sequence[Any], tie: Any) -> list[Any]:
+        known = dict(zip(asked, values, strict=True)) if len(values) else {}
+        return [known.get(i, tie) for i in range(len(prompts))] if known else []
+
+    return Verdicts(every(found.wins, 0.5), every(found.probabilities, 0.5), every(found.agreed, None), found.usage)
 
 
 class Verifier:

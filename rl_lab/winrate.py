@@ -37,6 +37,7 @@ from rl_lab.preference.judge import (
     RewardJudge,
     Verifier,
     audit,
+    judged,
     longer,
     rate,
 )
@@ -236,7 +237,7 @@ def compare(args: Args) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     columns: dict[str, Sequence[Any]] = {"prompt": prompts, "policy": ours, "baseline": theirs}
     if args.json:  # answers take long, and a judge may still fail
         write_lines(args.json.with_suffix(".jsonl"), rows_of(columns))
-    verdicts = judge(prompts, ours, theirs)
+    verdicts = judged(judge, prompts, ours, theirs)
     by_length, of_length = length(prompts, ours, theirs), audit(length, pairs)[0]
     report: dict[str, Any] = {
         "prompts": len(prompts),
@@ -278,11 +279,9 @@ def notes(report: dict[str, Any]) -> list[str]:
     found = ["intervals: Wilson's, 95 %, over prompts, ties as half; a rate is at most as good as its judge's accuracy"]
     if judge["accuracy"].low <= max(length, 1 - length):
         found.append("this judge is not shown to tell answers apart better than their lengths do")
-    if judge["agreement"] is not None:
-        found.append(
-            f"both orders of the answers have the same winner in {judge['agreement']:.0%} of pairs, "
-            f"{judge['agreement_on_labels']:.0%} of the human ones; the others are ties"
-        )
+    shares = {"pairs of different answers": judge["agreement"], "the human ones": judge["agreement_on_labels"]}
+    if told := ", ".join(f"{share:.0%} of {name}" for name, share in shares.items() if share is not None):
+        found.append(f"both orders of the answers have the same winner in {told}; the others are ties")
     if report["trained_with_judge"]:
         found.append(
             "the policy was trained with this judge, or with what it comes from: it may have learned its faults"

@@ -50,7 +50,7 @@ class Args(PreferenceArgs):
     loss: Literal[
         "sigmoid", "ipo", "hinge", "robust", "conservative", "apo_zero", "apo_down", "simpo", "orpo", "tdpo1", "tdpo2"
     ] = "sigmoid"  # which of the family
-    beta: float = 0.1  # how much a log-ratio to the reference counts; simpo wants 2 and more
+    beta: float = 0.1  # how much a log-ratio to the reference counts; simpo wants 2
     label_smoothing: float = 0.0  # share of wrong labels that robust and conservative reckon with
     gamma: float = 0.5  # simpo's margin
     alpha: float = 0.5  # weight of tdpo2's KLs
@@ -63,12 +63,13 @@ class Args(PreferenceArgs):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require("beta", 0 < self.beta < float("inf"), "finite and above 0")
-        self.require("label_smoothing", 0 <= self.label_smoothing < 0.5, "0 or more and below 0.5")
-        for field in ("gamma", "alpha", "orpo_lambda"):
-            self.require(field, 0 <= getattr(self, field) < float("inf"), "finite and 0 or more")
-        for field, default in (("label_smoothing", 0.0), ("gamma", 0.5), ("alpha", 0.5), ("orpo_lambda", 0.1)):
-            used = field in SETTINGS[self.loss] or getattr(self, field) == default
+        self.require("beta", float(self.loss == "simpo") < self.beta < float("inf"), "finite, above 0 or simpo's 1")
+        noisy, eps = "label_smoothing" in SETTINGS[self.loss], self.label_smoothing
+        self.require("label_smoothing", 0 < eps < 0.5 if noisy else not eps, "in (0, 0.5) if --loss takes it, else 0")
+        for field, default in (("beta", 0.1), ("gamma", 0.5), ("alpha", 0.5), ("orpo_lambda", 0.1)):
+            given = getattr(self, field)
+            self.require(field, 0 <= given < float("inf"), "finite and 0 or more")
+            used = field in SETTINGS[self.loss] or given == default
             self.require(field, used, f"left out: --loss {self.loss} does not take it")
 
 
@@ -202,8 +203,7 @@ VARIANTS = (sigmoid, ipo, hinge, robust, conservative, apo_zero, apo_down, simpo
 LOSSES: dict[str, Callable[..., Tensor]] = {loss.__name__: loss for loss in VARIANTS}  # (Pairs, **settings) -> (B,)
 SETTINGS = {name: tuple(signature(loss).parameters)[1:] for name, loss in LOSSES.items()}  # what each must be given
 REFERENCE_FREE = frozenset({"simpo", "orpo"})
-NEED_LENGTHS = frozenset({"ipo", "simpo", "orpo"})
-NEED_KLS = frozenset({"tdpo1", "tdpo2"})
+NEED_LENGTHS, NEED_KLS = frozenset({"ipo", "simpo", "orpo"}), frozenset({"tdpo1", "tdpo2"})
 
 
 def implicit_rewards(pairs: Pairs, *, beta: float) -> tuple[Tensor, Tensor]:

@@ -106,10 +106,10 @@ class Args(LanguageArgs):
         self.require("reward_weights", few, f"{len(self.reward)} finite numbers, one for each --reward")
         unclipped = not (self.several or self.clip_coef or self.clip_coef_high)
         self.require("loss", self.loss != "rloo" or unclipped, "another to take several steps or to clip")
-        low, high = self.holdout
-        self.require("holdout", 0 <= low < high <= 1, "two numbers with 0 <= low < high <= 1")
+        self.require("holdout", 0 <= self.holdout[0] < self.holdout[1] <= 1, "two numbers with 0 <= low < high <= 1")
         self.require("beta", 0 <= self.beta < math.inf, "finite and 0 or more")
         self.require("kl", self.beta > 0 or self.kl == "k3", "left out without --beta")
+        self.require("kl", self.kl != "k1" or self.loss not in SCALED, "k2 or k3: k1's deviation would undo --beta")
 
     @property
     def several(self) -> bool:

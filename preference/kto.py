@@ -12,7 +12,7 @@ Differs from the paper: z_0 is that of the whole batch, over all micro-batches a
 not depend on how it is split; y' is the next example's completion unless that has the same prompt. Pairs give a
 desirable and an undesirable completion each. Dropout is off; nothing is truncated. The tables are in docs/kto.md.
 
-    python -m rl_lab.kto --model smollm2-135m --data labelled.jsonl        expected results: docs/kto.md
+    python -m rl_lab.kto --model smollm2-135m --data labelled.jsonl
 """
 
 from __future__ import annotations

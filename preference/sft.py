@@ -9,7 +9,7 @@ Prompts are not learned, EOS is. N counts the tokens of the whole batch, over al
 token weighs the same, so a long completion weighs more than a short one, and the gradient does not depend on how the
 batch is split. Dropout is off; nothing is truncated, and completions do not see each other.
 
-    python -m rl_lab.sft --model smollm2-135m --data completions.jsonl        expected results: docs/sft.md
+    python -m rl_lab.sft --model smollm2-135m --data completions.jsonl
 """
 
 from __future__ import annotations

@@ -61,6 +61,7 @@ class LanguageArgs(BaseArgs):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require("weight_decay", 0 <= self.weight_decay < math.inf, "finite and 0 or more")
+        self.require("warmup", self.warmup < self.steps, f"below --steps {self.steps}, or the rate never gets there")
 
     @property
     def name(self) -> str:
@@ -138,9 +139,16 @@ def open_data(args: PreferenceArgs, tokenizer: Any, kind: str) -> tuple[Examples
 
 
 def open_model(args: LanguageArgs, num_labels: int = 0) -> tuple[Any, Any]:
-    """The model to train, on its device and with adapters if they are asked for, and its tokenizer."""
+    """The model to train, on its device and with adapters if they are asked for, and its tokenizer.
+
+    Raises:
+        ValueError: if there is none, or one that was made for shorter texts than --max-tokens.
+    """
     tokenizer = load_tokenizer(args.model)
     model = load_model(args.model, num_labels=num_labels, seed=args.seed)
+    if isinstance(args, PreferenceArgs):
+        most = getattr(model.config, "max_position_embeddings", None) or args.max_tokens
+        args.require("max_tokens", args.max_tokens <= most, f"at most {most}, what --model {args.model} was made for")
     if args.lora_rank:
         model = add_lora(model, args.lora_rank, args.seed)
     return model.to(args.torch_device), tokenizer

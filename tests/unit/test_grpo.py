@@ -32,7 +32,7 @@ from rl_lab.language import (
 )
 from rl_lab.language_training import LanguageRun
 from rl_lab.preference import grpo
-from rl_lab.preference.grpo import WEIGHTS, Args, Totals, group_advantages, kl_estimate, learn, loss
+from rl_lab.preference.grpo import SCALED, WEIGHTS, Args, Totals, group_advantages, kl_estimate, learn, loss
 from rl_lab.tasks import split
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -109,8 +109,9 @@ def closed_form(
     return weights * (args.beta * kl - np.where(flat, 0, ratio * a[branch]))
 
 
-@pytest.mark.parametrize("kl", ["k1", "k2", "k3"])
-@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize(
+    ("name", "kl"), [(name, kl) for name in WEIGHTS for kl in ("k1", "k2", "k3") if kl != "k1" or name not in SCALED]
+)
 def test_gradient_is_the_closed_form(name: str, kl: str) -> None:
     random = np.random.default_rng(0)
     lengths = np.array([4, 1, 7, 3, 2, 5])
@@ -343,7 +344,7 @@ CASES = [
     {"temperature": 0.7, **FOUR, "beta": 0.1},
     {"loss": "dapo", "epochs": 3, "beta": 0.2, "kl": "k2"},
     {"loss": "bnpo", "minibatches": 4},
-    {"minibatches": 4, "beta": 0.2, "kl": "k1"},
+    {"loss": "dr_grpo", "minibatches": 4, "beta": 0.2, "kl": "k1"},
     {"loss": "rloo", "beta": 0.2, "kl": "k1", "temperature": 1.5},
 ]
 

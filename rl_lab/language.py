@@ -121,7 +121,7 @@ def load_model(name: str, flag: str = "--model", num_labels: int = 0, seed: int 
     transformers.utils.logging.set_verbosity_error()  # it would report the head's weights, which are looked after here
     try:
         model, report = kind.from_pretrained(
-            path, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **labels
+            path, dtype=torch.float32, use_safetensors=True, output_loading_info=True, trust_remote_code=False, **labels
         )
     except (OSError, ValueError) as error:
         raise _unavailable(name, flag, error) from None
@@ -157,7 +157,7 @@ def load_tokenizer(name: str, flag: str = "--model") -> Any:
     transformers = require("transformers", "preference")
     path = locate(name, flag)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise _unavailable(name, flag, error) from None
     if tokenizer.eos_token_id is None:

@@ -51,7 +51,10 @@ def is_reward_model(name: str) -> bool:
     adapter = Path(path) / "adapter_config.json"
     if adapter.is_file():
         return bool(json.loads(adapter.read_text())["task_type"] == "SEQ_CLS")
-    kinds = require("transformers", "preference").AutoConfig.from_pretrained(path).architectures or []
+    kinds = (
+        require("transformers", "preference").AutoConfig.from_pretrained(path, trust_remote_code=False).architectures
+        or []
+    )
     return any(kind.endswith("ForSequenceClassification") for kind in kinds)
 
 

@@ -46,8 +46,8 @@ class Args:
 
 
 def pair_of(texts: list[str], rewards: list[float]) -> tuple[str, str] | None:
-    """The first of the best answers and the first of the worst, unless all are equal."""
-    best, worst = max(rewards), min(rewards)
+    """The first of the best answers and the first of the worst, unless all are equal or none is there."""
+    best, worst = max(rewards, default=0.0), min(rewards, default=0.0)
     return None if best == worst else (texts[rewards.index(best)], texts[rewards.index(worst)])
 
 
@@ -73,12 +73,13 @@ def main() -> None:
         lines: list[dict[str, Any]] = []
         for i in range(0, len(prompts), 64):
             batch = prompts[i : i + 64]
-            texts = sample(batch, size, temperature)[1]
+            _, texts, cut = sample(batch, size, temperature)
             found = task.reward([prompt for prompt in batch for _ in range(size)], texts)
             rewards += found
             for j, prompt in enumerate(batch):
-                mine = slice(j * size, (j + 1) * size)
-                if pair := pair_of(texts[mine], found[mine]):
+                mine = range(j * size, (j + 1) * size)
+                whole = [k for k in mine if not cut[k]]  # a stump would be taught to end
+                if pair := pair_of([texts[k] for k in whole], [found[k] for k in whole]):
                     lines.append({"prompt": prompt, "chosen": pair[0], "rejected": pair[1]})
         told = share(rewards)
         print(

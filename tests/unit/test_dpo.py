@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -147,6 +148,16 @@ def test_the_first_step_is_at_the_reference(loss: str, value: float, tiny_model:
     for name in ("margin", "chosen", "rejected"):
         assert log[f"rewards/{name}"] == pytest.approx([0.0], abs=1e-6)
     assert abs(log["logps/chosen"][0] - log["logps/rejected"][0]) > 0.1
+
+
+def test_a_model_s_own_dropout_is_off(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    """Or the margin at the start would not be 0, and half of the attention missing."""
+    shutil.copytree(tiny_model, tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps(config | {"attention_dropout": 0.5}))
+    log = scalars(folder(trained(dpo, tmp_path / "model", data)))
+    assert log["rewards/margin"] == pytest.approx([0.0], abs=1e-6)
+    assert log["logps/chosen"] == pytest.approx(scalars(folder(trained(dpo, tiny_model, data)))["logps/chosen"])
 
 
 @pytest.mark.usefixtures("other_reference")
@@ -300,6 +311,8 @@ def test_the_references_numbers_are_of_this_model_and_these_data(
     assert len(computed) == 6
     trained(dpo, tiny_model, data)
     assert len(computed) == 6
+    trained(dpo, tiny_model, data, bf16=True)
+    assert len(computed) == 7
 
 
 @pytest.mark.parametrize("loss", sorted(REFERENCE_FREE))

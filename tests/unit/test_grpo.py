@@ -557,6 +557,22 @@ def test_prompts_that_cannot_be_used_are_told_before_training(flags: Callable[..
     assert not letters.calls
 
 
+def test_dr_grpo_divides_by_the_longest_there_may_be(
+    flags: Callable[..., Args], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not by the longest there was."""
+    seen: list[int] = []
+    whole = grpo.learn
+
+    def watched(*given: Any) -> Any:
+        seen.append(given[4])
+        return whole(*given)
+
+    monkeypatch.setattr(grpo, "learn", watched)
+    grpo.train(args := flags(loss="dr_grpo", steps=2))
+    assert seen == [args.max_new_tokens] * 2 == [6, 6]
+
+
 def test_the_reference_stays_at_the_start(flags: Callable[..., Args]) -> None:
     """A reference that were the model itself would have no KL from it, ever."""
     found = [x for _, x in scalars(grpo.train(flags(beta=1e-9)).logs.folders[0])["losses/kl"]]

@@ -75,6 +75,12 @@ def test_a_report_and_its_picture(tmp_path: Path) -> None:
         5 / 6
     )
     assert report["margin"] == pytest.approx(1 / 3)
+    assert report["reward_length_correlation"] == pytest.approx(
+        np.corrcoef([2, 0, 1, 3, 1, 0], [9, 5, 4, 4, 7, 2])[0, 1]
+    )
+    # Sure by sigma(2) of the first, rightly, and of the second, wrongly, in one bin; by sigma(1) of the third, rightly.
+    error = (2 * abs(0.5 - 1 / (1 + math.exp(-2))) + 1 - 1 / (1 + math.exp(-1))) / 3
+    assert report["expected_calibration_error"] == pytest.approx(error)
     assert json.loads(json.dumps(report)) == report
     reliability_diagram(report, tmp_path / "reliability.png")
     assert (tmp_path / "reliability.png").read_bytes().startswith(b"\x89PNG")

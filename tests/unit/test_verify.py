@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -58,6 +59,22 @@ def test_pairs_are_right_against_wrong_of_prompts_of_the_share(
     for pair in pairs:
         assert place(pair.prompt) < 0.5
         assert task.reward([pair.prompt] * 2, list(pair.completions)) == [1.0, 0.0]
+
+
+def test_no_pair_has_an_answer_that_was_cut(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oracle's wrong answers are all cut here, so that every prompt has right ones only, or none."""
+
+    class Cutting(Oracle):
+        def __call__(self, prompts: list[Prompt], *rest: Any) -> tuple[list[Tree], list[str], torch.Tensor]:
+            trees, texts, cut = super().__call__(prompts, *rest)
+            asked = [prompt for prompt in prompts for _ in range(len(texts) // len(prompts))]
+            return trees, texts, cut | ~torch.tensor(make("larger-of-two").reward(asked, texts)).bool()
+
+    monkeypatch.setattr(verify, "Sampler", Cutting)
+    flags = ["--task", "larger-of-two", "--num-prompts", "50", "--pairs", str(tmp_path / "pairs.jsonl")]
+    monkeypatch.setattr(sys, "argv", ["verify", str(tiny_model), *flags])
+    verify.main()
+    assert (tmp_path / "pairs.jsonl").read_text() == ""
 
 
 @pytest.mark.parametrize(

@@ -27,11 +27,12 @@ KEPT = ("evaluation", "before", "after", "winrate")  # .json files of a run fold
 ABOUT = ("algo", "seed", "command", "git_commit", "versions", "hardware", "args")
 READING = """
 
-Seeds' IQM with its 95 % interval; where a single seed has one, it is that of its held-out examples (Wilson).
-Accuracy is of greedy answers to prompts of the task that were not trained on, or of the implicit reward on pairs
-whose prompts were not. Minutes are the wall clock's, on one thread beside other work. `runs/preference.sh` makes
-the rows again; every seed is in [runs/results/preference](runs/results/preference), with command, commit, versions
-and hardware; what stands beside a win rate: [docs/judging.md](docs/judging.md)."""
+Seeds' IQM with its 95 % interval, but for GRPO no narrower than one seed's over its held-out examples (Wilson), which
+are the same for all; a single seed has that one. Accuracy is of greedy answers to prompts of the task that were not
+trained on, or of the implicit reward on pairs whose prompts were not. Minutes are the wall clock's, on one thread
+beside other work. `runs/preference.sh` makes the rows again; every seed is in
+[runs/results/preference](runs/results/preference), with command, commit (of a changed tree where it says so),
+versions and hardware; what stands beside a win rate: [docs/judging.md](docs/judging.md)."""
 
 Run = dict[str, Any]
 
@@ -67,17 +68,18 @@ def portable(report: Any) -> Any:
     return re.sub(r"(?<![^\s=])/\S*/(?=\S)", "", report) if isinstance(report, str) else report
 
 
-def spread(values: Sequence[float]) -> str:
-    """IQM and interval over seeds, of shares."""
+def spread(values: Sequence[float], below: float = 0.0, above: float = 0.0) -> str:
+    """IQM and interval over seeds, of shares; at least so far below and above."""
     middle, low, high = map(float, interval(np.array(values)))
-    return f"{middle:.3f} [{max(low, 0):.3f}, {min(high, 1):.3f}]"
+    return f"{middle:.3f} [{max(min(low, middle - below), 0):.3f}, {min(max(high, middle + above), 1):.3f}]"
 
 
 def shown(runs: Sequence[Run], share: Callable[[Run], dict[str, float]]) -> str:
-    """A share over seeds, or of one seed over its examples."""
+    """A share over seeds, or of one seed over its examples, which all seeds have in common."""
     shares = [share(run) for run in runs]
     if len(shares) > 1:
-        return spread([x["mean"] for x in shares])
+        below, above = (float(np.mean([abs(x["mean"] - x[end]) for x in shares])) for end in ("low", "high"))
+        return spread([x["mean"] for x in shares], below, above)
     return "{mean:.3f} [{low:.3f}, {high:.3f}]".format(**shares[0])
 
 

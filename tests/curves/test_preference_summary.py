@@ -56,6 +56,15 @@ def test_rows_of_a_task_of_pairs_and_of_both(tmp_path: Path) -> None:
     assert (notes[0]["command"], notes[0]["args"]) == ("python -m x --y", {"y": 1})
 
 
+def test_seeds_that_agree_are_no_surer_than_their_examples(tmp_path: Path) -> None:
+    """All right on the same 55 pairs in every seed: the interval is that of 55 pairs."""
+    right = {"mean": 1.0, "low": 0.935, "high": 1.0}
+    evaluation = {"pairs": 55, "accuracy": right, "length_baseline": right, "seconds": 60.0}
+    runs = [run_folder(tmp_path / "dpo", seed, evaluation=evaluation) for seed in range(5)]
+    preference.keep("dpo", runs, tmp_path / "results")
+    assert "| 1.000 [0.935, 1.000] |" in preference.table(tmp_path / "results")
+
+
 def test_a_win_rate_stands_beside_its_judge_s_accuracy_and_length(tmp_path: Path) -> None:
     evaluation = {"pairs": 90, "accuracy": SHARE, "length_baseline": SHARE | {"mean": 0.5}, "seconds": 90.0}
     report = {

@@ -265,7 +265,7 @@ def train(args: Args) -> LanguageRun:
     if args.loss not in REFERENCE_FREE:
         print(f"log-probabilities of {len(trees)} pairs under the reference, computed once and kept")
         known = cached_logprobs(model, trees, args.micro_tokens, args.bf16).view(-1, 2)
-    run = LanguageRun(args, "dpo", model, tokenizer, args.generators(0)[0], shard=args.shard)
+    run = LanguageRun(args, "dpo", model, tokenizer, args.generators(0)[0], shard=args.shard, learned=trees)
 
     def parts(indices: Sequence[int]) -> Iterator[dict[str, Tensor]]:
         for group in micro_batches([trees[i] for i in indices], args.micro_tokens):

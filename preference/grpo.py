@@ -260,7 +260,7 @@ def train(args: Args) -> LanguageRun:
     sample = Sampler(model, tokenizer, task.stop, longest, generator, args.bf16)
     reference = copy.deepcopy(model).requires_grad_(False) if args.beta else None
     before: float | None = None  # training, held-out reward
-    run = LanguageRun(args, "grpo", model, tokenizer, generator, state=lambda: {"before": before})
+    run = LanguageRun(args, "grpo", model, tokenizer, generator, None, lambda: {"before": before}, learned=task.prompts)
     before = run.saved["more"]["before"] if run.saved else None
 
     def evaluate() -> float:

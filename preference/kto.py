@@ -178,7 +178,7 @@ def train(args: Args) -> LanguageRun:
     print(f"log-probabilities of {len(trees)} completions under the reference, computed once and kept")
     known = cached_logprobs(model, trees, args.micro_tokens, args.bf16)
     desirable = torch.tensor(labels, device=args.torch_device)
-    run = LanguageRun(args, "kto", model, tokenizer, args.generators(0)[0], shard=args.shard)
+    run = LanguageRun(args, "kto", model, tokenizer, args.generators(0)[0], shard=args.shard, learned=[trees, labels])
 
     def point_of(batch: Sequence[int]) -> Tensor:
         """() z_0 of a whole batch; processes share the work."""

@@ -208,7 +208,7 @@ def train(args: Args) -> LanguageRun:
     model, tokenizer = open_model(args, num_labels=1)
     items, held_out = load(args, tokenizer)
     about = {"examples": {"train": len(items), "holdout": len(held_out)}}
-    run = LanguageRun(args, "reward_model", model, tokenizer, args.generators(0)[0], about)
+    run = LanguageRun(args, "reward_model", model, tokenizer, args.generators(0)[0], about, learned=[items, held_out])
     evaluation = functools.partial(evaluate, model, held_out, args)
 
     for step in run.steps():

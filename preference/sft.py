@@ -69,7 +69,9 @@ def train(args: Args) -> LanguageRun:
 
     before: float | None = None
     generator = args.generators(0)[0]
-    run = LanguageRun(args, "sft", model, tokenizer, generator, state=lambda: {"before": before}, shard=args.shard)
+    run = LanguageRun(
+        args, "sft", model, tokenizer, generator, None, lambda: {"before": before}, args.shard, [data, held_out]
+    )
     before = run.saved["more"]["before"] if run.saved else None
     if before is None and run.iteration == 0:
         before = evaluate()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -179,6 +180,10 @@ class LanguageRun(BaseRun):
         generator: of all that is drawn.
         state: gives what the method has besides, as nested dicts of tensors and JSON values.
         shard: divide the model among the processes, from now on.
+        learned: what is learned from and evaluated on, JSON values and tensors; a resumed run must have the same.
+
+    Raises:
+        ValueError: as `BaseRun`, and if a resumed run is to learn from something else.
     """
 
     args: LanguageArgs
@@ -193,18 +198,23 @@ class LanguageRun(BaseRun):
         about: dict[str, Any] | None = None,
         state: Callable[[], dict[str, Any]] = dict,
         shard: bool = False,
+        learned: Any = None,
     ) -> None:
         if shard:
             distributed.shard(model, args.torch_device)
         self.shard = shard
         self.model, self.tokenizer, self.generator, self._more = model, tokenizer, generator, state
         self._evaluation: Any = None  # of the model as it is
+        self._learned = hashlib.sha256(json.dumps(learned, default=torch.Tensor.tolist).encode()).hexdigest()
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
             list(self.trained.values()), args.learning_rate, weight_decay=args.weight_decay, fused=True
         )
         super().__init__(args, algo, self._state, about)
         if self.saved:
+            if self.saved["learned"] != self._learned:
+                told = "its prompts or examples are not those that it began with: put these back, in their order"
+                raise ValueError(f"--resume {args.resume}: {told}")
             for name, p in self.trained.items():
                 p.data.copy_(self.saved["params"][name])
             self._load_moments(self.saved["moments"])
@@ -214,7 +224,8 @@ class LanguageRun(BaseRun):
         params = {name: whole(p) for name, p in self.trained.items()}
         moments = {name: {x: whole(y) for x, y in self.optimizer.state[p].items()} for name, p in self.trained.items()}
         random = self.generator.get_state()
-        return {"params": params, "moments": moments, "generator": random, "more": self._more()}
+        state = {"params": params, "moments": moments, "generator": random, "more": self._more()}
+        return state | {"learned": self._learned}
 
     def _load_moments(self, moments: dict[str, dict[str, Tensor]]) -> None:
         for name, p in self.trained.items():

@@ -7,16 +7,17 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from rl_lab import checkpoint, reference
+from rl_lab.cli import Stopped, parse
 from rl_lab.language import Tree, encode_completion, encode_prompt, load_model, load_tokenizer, pack
 from rl_lab.language_training import drawn
-from rl_lab.preference import dpo
+from rl_lab.preference import dpo, kto, reward_model, sft
 from rl_lab.preference.dpo import LOSSES, NEED_KLS, REFERENCE_FREE
 from rl_lab.preference_data import place
 from rl_lab.reference import branch_logprobs, cached_logprobs
@@ -27,6 +28,7 @@ from tests.language_runs import (
     folder,
     gradients,
     kl_alone,
+    labelled,
     left,
     log_sigmoid,
     logp_alone,
@@ -384,6 +386,21 @@ def test_flags_that_are_refused(flags: dict[str, Any], message: str, tiny_model:
     rows = 24 if flags.get("max_tokens") != 3 else sum(place(row["prompt"]) < 0.9 for row in pairs())
     with pytest.raises(ValueError, match=message.replace("24", str(rows))):
         trained(dpo, tiny_model, data, **flags)
+
+
+@pytest.mark.parametrize(("method", "rows"), [(dpo, pairs), (sft, pairs), (kto, labelled), (reward_model, pairs)])
+def test_a_run_goes_on_with_what_it_began_with(method: ModuleType, rows: Any, tiny_model: Path, tmp_path: Path) -> None:
+    """Guards against a file that was written anew under the same name."""
+    data = write(tmp_path / "data.jsonl", rows())
+    with pytest.raises(Stopped):
+        trained(method, tiny_model, data, steps=3, stop_at=1)
+    (run,) = (folder for child in tmp_path.iterdir() if child.is_dir() for folder in child.glob("*__1__*"))
+    write(data, [row | {name: row[name] + "a" for name in ("chosen", "completion") if name in row} for row in rows()])
+    args = parse(["--resume", str(run)], method.Args)
+    with pytest.raises(ValueError, match=r"--resume .*: its prompts or examples are not those that it began with"):
+        method.train(args)
+    write(data, rows())
+    assert method.train(args).iteration == 3
 
 
 def test_pairs_that_are_too_long_are_left_out_whole(

@@ -83,8 +83,8 @@ def test_two_processes_have_the_gradient_of_one(tiny_model: Path, data: Path, tm
 
 def test_the_command_leaves_one_run(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     """Guards logs and models of each process, and files of the reference that both write."""
-    flags = ["--model", tiny_model, "--data", data, "--steps", 2, "--batch-size", 3, "--runs-dir", tmp_path / "runs"]
-    words = [*TORCHRUN, "-m", "rl_lab.dpo", *map(str, flags), "--no-bf16"]
+    flags = ["--model", tiny_model, "--data", data, "--batch-size", 3, "--runs-dir", tmp_path / "runs"]
+    words = [*TORCHRUN, "-m", "rl_lab.dpo", *map(str, flags), "--steps", "2", "--warmup", "0", "--no-bf16"]
     done = subprocess.run(words, check=True, capture_output=True, text=True, cwd=ROOT, timeout=300)
     (run,) = (tmp_path / "runs").iterdir()
     assert (run / "model" / "model.safetensors").is_file() and (run / "evaluation.json").is_file()

@@ -223,7 +223,7 @@ def test_resume_with_a_foreign_checkpoint(lab: Lab, own: Path, tmp_path: Path) -
 
 def test_a_learning_rate_too_large(lab: Lab, tmp_path: Path) -> None:
     ended = lab.train(tmp_path, "--learning-rate", 1e30)
-    message = "_loss of seed 1 is not finite after step 0; a smaller --learning-rate .* keeps the checkpoint of step 0"
+    message = "_loss of seed 1 is not finite after step 0; a smaller learning rate .* keeps the checkpoint of step 0"
     assert_one_line(ended, message, status=1)
     state = checkpoint.load(lab.folders(tmp_path)[0])["state"]
     assert all(torch.isfinite(x).all() for x in state["params"].values())

@@ -103,7 +103,7 @@ def collector(env: VectorEnv, normalized: bool = False) -> Collector:
     if normalized:  # by this file's own `observe`, which begins with the raw observation
         raw = made.obs
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(env, "reset", lambda: raw)
+            patch.setattr(type(env), "reset", lambda _: raw)
             made = Collector(env, act, observe, generators, "test", compile=False)
         made.normalizer, made.obs = {"count": torch.zeros(len(SEEDS))}, raw
     return made

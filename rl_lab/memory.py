@@ -23,7 +23,8 @@ def _group_room(own: Path, root: Path) -> list[int]:
 
     Of version 2 (kernel documentation, admin-guide/cgroup-v2.rst, "Memory Interface Files").
     """
-    groups = [line.removeprefix("0::/") for line in own.read_text().splitlines() if line.startswith("0::/")]
+    lines = own.read_text().splitlines() if own.is_file() else []  # of a kernel without control groups
+    groups = [line.removeprefix("0::/") for line in lines if line.startswith("0::/")]
     found = []
     for folder in (root / groups[0], *(root / groups[0]).parents) if groups else ():
         if (limit := folder / "memory.max").is_file() and (text := limit.read_text().strip()) != "max":

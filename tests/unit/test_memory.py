@@ -41,6 +41,7 @@ def test_a_control_group_s_limit_counts(tmp_path: Path) -> None:
     assert memory._group_room(own, tmp_path / "root") == [500, 1000]
     own.write_text("1:memory:/of/version/1\n")
     assert memory._group_room(own, tmp_path / "root") == []
+    assert memory._group_room(tmp_path / "none", tmp_path / "root") == []
 
 
 def test_says_how_many_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:

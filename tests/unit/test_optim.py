@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from rl_lab.optim import adam, clip_gradients, init_adam
+from rl_lab.optim import adam, clip_gradients, fast_bf16, init_adam
 
 SHAPES = {"weight": (4, 3), "bias": (4,), "logstd": ()}
 
@@ -85,3 +85,22 @@ def test_no_gradient_no_step() -> None:
     assert norm == 0
     new, _ = adam(params, bounded, init_adam(params), torch.tensor(0.1), 1e-5)
     assert all(torch.equal(new[name], p) for name, p in params.items())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the processor's precision is asked where there is no GPU")
+@pytest.mark.parametrize(
+    ("found", "fast"),
+    [
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": True, "amx_bf16": False}, True),
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": True}, True),
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": False}, False),
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": False}, False),
+        ({"architecture": "aarch64"}, False),
+    ],
+)
+def test_bfloat16_is_chosen_only_where_it_is_faster(
+    monkeypatch: pytest.MonkeyPatch, found: dict[str, object], fast: bool
+) -> None:
+    """Guards against a default that takes twice the time, as on Intel's processors whose matrix unit is hidden."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+    assert fast_bf16() == fast

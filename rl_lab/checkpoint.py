@@ -43,8 +43,12 @@ def save(folder: Path, state: dict[str, Any]) -> None:
     save_tensors(folder / NAME, tensors, {_TREE: tree}, keep=folder / PREVIOUS)
 
 
-def load(folder: Path) -> dict[str, Any]:
-    """The newest good state in `folder`, tensors on the CPU. Warns if it is the previous one, ValueError if none."""
+def load(folder: Path, to_go_on: bool = False) -> dict[str, Any]:
+    """The newest good state in `folder`, tensors on the CPU. Warns if it is the previous one, ValueError if none.
+
+    Args:
+        to_go_on: whether a damaged newest one goes, which the next `save` would put in the place of the good one.
+    """
     found: list[str] = []
     for path in (folder / NAME, folder / PREVIOUS):
         try:
@@ -59,6 +63,8 @@ def load(folder: Path) -> dict[str, Any]:
         else:
             for reason in found:
                 warnings.warn(f"{reason}; going on from {path}", stacklevel=2)
+            if found and to_go_on:
+                (folder / NAME).unlink(missing_ok=True)
             return state
     raise ValueError(f"{'; '.join(found)}; name a run folder with a complete checkpoint")
 

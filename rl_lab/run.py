@@ -63,7 +63,7 @@ class BaseRun:
                 raise ValueError(f"--runs-dir {args.runs_dir}: {error}; name a folder with room to write") from None
         else:
             self.logs = RunLog.open(args.resume)
-            loaded = checkpoint.load(self.logs.checkpoint_folder)
+            loaded = checkpoint.load(self.logs.checkpoint_folder, to_go_on=True)
             progress = loaded.get("run", {})
             if progress.get("group") != self.logs.config["group"]:
                 raise ValueError(f"--resume {args.resume}: its checkpoint is of another run; put its own back")
@@ -76,8 +76,6 @@ class BaseRun:
             self.reached = progress["reached"]
             self.checkpointed = self.iteration
             self.logs.rewind(progress["logs"])
-            if prolonged:
-                self.logs.prolong(args.total_steps)
 
     def iterations(self, num_iterations: int, steps: int) -> Iterator[int]:
         """Indices of the iterations to do, each of `steps` steps a seed; checkpoints between them.
@@ -101,6 +99,8 @@ class BaseRun:
         else:
             for folder in self.logs.folders:  # of a run that is prolonged
                 (folder / "model.safetensors").unlink(missing_ok=True)
+        if self.args.total_steps != self.logs.config["total_timesteps"]:  # here, as a subclass may refuse to go on
+            self.logs.prolong(self.args.total_steps)
 
         def stop(number: int, _: object) -> None:
             caught.append(number)

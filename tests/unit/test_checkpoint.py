@@ -136,6 +136,24 @@ def test_every_flipped_bit_and_every_cut_is_noticed(tmp_path: Path) -> None:
         checkpoint.load(tmp_path)
 
 
+def test_a_damaged_one_never_takes_the_place_of_the_good_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a kill in the first save after a fallback, which would leave none. Who only reads keeps all."""
+    for number in (1, 2):
+        checkpoint.save(tmp_path, {"number": number})
+    (tmp_path / NAME).write_bytes((tmp_path / NAME).read_bytes()[:-1])
+    for to_go_on in (False, True):
+        with pytest.warns(UserWarning, match=f"going on from .*{PREVIOUS}"):
+            assert checkpoint.load(tmp_path, to_go_on) == {"number": 1}
+        assert (tmp_path / NAME).exists() is not to_go_on
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        checkpoint.save(tmp_path, {"number": 3})
+    with pytest.warns(UserWarning, match=f"{NAME} is missing; going on from .*{PREVIOUS}"):
+        assert checkpoint.load(tmp_path) == {"number": 1}
+    checkpoint.save(tmp_path, {"number": 3})
+    assert checkpoint.load(tmp_path) == {"number": 3} and (tmp_path / PREVIOUS).exists()
+
+
 def test_missing_and_foreign_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"{NAME} is missing; .*{PREVIOUS} is missing; name a run folder"):
         checkpoint.load(tmp_path)

@@ -79,7 +79,8 @@ class BaseArgs:
         self.require("stop_at", self.stop_at <= self.total_steps, f"at most {self.total_steps}, the whole run")
         self.require("seed", self.seed + len(self.seeds) <= 2**63, "below 2**63, the last one too")
         if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device cuda: torch finds no CUDA device here; --device cpu works")
+            ways = "--device cpu works for a new run, one to resume goes on where there is one"
+            raise ValueError(f"--device cuda: torch finds no CUDA device here; {ways}")
 
     def require(self, field: str, valid: bool, wanted: str) -> None:
         """Raise a ValueError that names the flag of `field`, what was given and what would work, unless it is valid."""

@@ -44,6 +44,7 @@ class OffPolicyArgs(RunArgs):
     """env steps of one seed between entries of the log"""
 
     may_be_zero: ClassVar[set[str]] = {*RunArgs.may_be_zero, "learning_starts"}
+    may_change: ClassVar[set[str]] = {*RunArgs.may_change, "replay_folder"}  # files may have moved
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,6 +82,12 @@ class OffPolicyArgs(RunArgs):
     def num_iterations(self) -> int:
         return self.total_timesteps // self.log_every
 
+    @property
+    def key(self) -> tuple[str, Any]:
+        """Without the folder, which no compiled function depends on."""
+        source, fields = super().key
+        return source, tuple(x for x in fields if x[0] != "replay_folder")
+
     def replay(self, env: VectorEnv, n_step: int = 1, alpha: float = 0.0) -> Replay:
         """The replay for `env`: stacked frames are kept once each, files survive a kill between two checkpoints.
 
@@ -92,6 +99,7 @@ class OffPolicyArgs(RunArgs):
             raise ValueError(f"--env {self.env} masks actions, which this command would not heed; rl_lab.ppo does")
         self._require_first_batch(n_step + bool(env.frame_stack))
         if self.replay_folder:
+            self.require("replay_folder", env.device.type == "cpu", "left out on a GPU, whose memory no file is")
             if any(self.replay_folder.glob("replay.*")) != (self.resume is not None):
                 found = "has files of a run: name another folder, or remove them if that run is not needed"
                 missing = "has none of the run's files: put them back"

@@ -123,7 +123,8 @@ class Replay:
             come after it at most, a run that is killed has overwritten nothing that its checkpoint can sample.
         compile: put batches together in one compiled call.
     Raises:
-        ValueError: if the columns are larger than the free memory (or disk), before they are allocated.
+        ValueError: if the columns are larger than the free memory (or disk), before they are allocated, or some of the
+            folder's files are missing.
     """
 
     def __init__(
@@ -150,6 +151,10 @@ class Replay:
             spec = {name: ((x[0][1:], x[1]) if name == "obs" else x) for name, x in spec.items() if name != "next_obs"}
         self.spec, self.folder = spec, folder
         self.ends: dict[int, dict[int, Tensor]] = {}  # row -> place in it -> last frame of an episode that ended
+        if folder and 0 < len(lost := [p for name in spec if not (p := folder / f"replay.{name}").exists()]) < len(
+            spec
+        ):
+            raise ValueError(f"{lost[0]} is missing beside the others: put it back")
         self._check_room(capacity)
         self._files: list[np.memmap[Any, Any]] = []
         self.columns = {name: self._allocate(name, shape, dtype) for name, (shape, dtype) in spec.items()}

@@ -19,7 +19,6 @@ Differs from d3rlpy in:
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -37,7 +36,7 @@ from rl_lab.compiler import Compiled
 from rl_lab.distributions import Actions
 from rl_lab.envs import make
 from rl_lab.networks import Params, flat_size, init_uniform, mlp, stack
-from rl_lab.offline import Dataset
+from rl_lab.offline import Dataset, checksum
 from rl_lab.offline_training import OfflineArgs, OfflineRun, open_dataset
 from rl_lab.optim import AdamState, adam, init_adam
 from rl_lab.replay import Batch
@@ -141,14 +140,6 @@ def summary(x: Tensor) -> dict[str, Any]:
     return {"mean": float(x.mean()), "standard_error": error, "count": len(x)}
 
 
-def checksum(policy: Any) -> str:
-    """SHA-256 of a policy's parameters and normaliser."""
-    digest = hashlib.sha256()
-    for name, x in sorted(flatten({"params": policy.params, "normalizer": policy.normalizer}).items()):
-        digest.update(f"{name} {x.dtype} {tuple(x.shape)} ".encode() + x.numpy().tobytes())
-    return digest.hexdigest()
-
-
 def require_fit(args: Args, policy: Any, data: Dataset, env: VectorEnv) -> None:
     """Raise a ValueError unless the policy acts in the data's environment, and on the observation alone."""
     if policy.env_id != args.env:
@@ -179,7 +170,8 @@ def train(args: Args, policy: Any) -> Evaluation:
     env = make(args.env, args.seeds, 1, *args.make_options)
     require_fit(args, policy, data, env)
     actions, obs_size, generators = Actions.of(env.action_space), flat_size(env.observation_space), args.generators(0)
-    first_obs, digest = data.columns["obs"][first_steps(data)], checksum(policy)
+    first_obs = data.columns["obs"][first_steps(data)]
+    digest = checksum(flatten({"params": policy.params, "normalizer": policy.normalizer}))
     first = on_device((first_obs, acted(policy, first_obs)), env.device)
     data = replace(data, columns=data.columns | {"next_actions": acted(policy, data.columns["next_obs"])})
 

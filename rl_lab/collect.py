@@ -283,7 +283,7 @@ def collect(args: Args) -> str:
             folder / "data",
             env.observation_space,
             env.action_space,
-            gym.registry.get(env_id.rpartition(":")[2]),
+            gym.registry.get(env_id),  # none of module:Name-v0, which Gymnasium alone could not make again
             data_format="hdf5",
             jpeg_encoding=False,
         )

@@ -63,7 +63,7 @@ def coverage(dataset: Dataset) -> dict[str, list[float]]:
     for name, x in (("obs", dataset.columns["obs"]), ("action", dataset.columns["actions"])):
         if name == "action" and isinstance(space, spaces.Discrete):
             x = torch.nn.functional.one_hot(x - int(space.start), int(space.n))
-        x = x.float().reshape(len(x), -1) if x.dim() < 3 else x.float().reshape(-1, 1)
+        x = x.float().reshape(-1, 1) if name == "obs" and x.dim() > 2 else x.float().reshape(len(x), -1)
         stats = torch.stack([x.amin(0), x.amax(0), x.mean(0), x.std(0, correction=0)], 1).tolist()
         rows |= {f"{name} {i}": row for i, row in enumerate(stats)}
     if isinstance(space, spaces.Box):
@@ -133,7 +133,7 @@ def _returns(axes: Axes, dataset: Dataset) -> None:
     axes.set_xlabel("return")
     if dataset.scores:
         random, expert = dataset.scores
-        scale = (lambda x: 100 * (x - random) / (expert - random), lambda x: x * (expert - random) / 100 + random)
+        scale = (lambda x: dataset.normalized(x), lambda x: x * (expert - random) / 100 + random)
         axes.secondary_xaxis("top", functions=scale).set_xlabel("normalized score")
 
 

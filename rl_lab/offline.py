@@ -164,13 +164,13 @@ def load(name: str, scores: tuple[float, float] | None = None, env_id: str | Non
     known = _scores(name, scores or table or source.scores)
     if known and table:
         others = {"D4RL's": table, "the data set's own": source.scores}
-        told = [f"{whose} {a} and {b}" for whose, (a, b) in others.items() if (a, b) not in (known, (None, None))]
+        told = [f"{whose} {a} and {b}" for whose, (a, b) in others.items() if (a, b) != known and None not in (a, b)]
         if told:
             notes.append(f"Normalized scores are by {known[0]:g} and {known[1]:g}, not by {' or '.join(told)}.")
     if env_id and env_id != own:
         notes.append(f"The data are of {own}, judged in {env_id}.")
     spaces = source.observation_space, source.action_space
-    return Dataset(name, own or None, columns, *spaces, known, _checksum(columns), tuple(notes))
+    return Dataset(name, own or None, columns, *spaces, known, checksum(columns), tuple(notes))
 
 
 def _task(env_id: str) -> str:
@@ -223,7 +223,8 @@ def _read_d4rl(name: str, env_id: str | None) -> Source:
             found = ", ".join(list(file)[:5]) or "nothing"
             needed = ", ".join(sorted(D4RL_COLUMNS[ours] for ours in missing))
             raise ValueError(f"{name} is no D4RL file: it lacks {needed} and holds {found}")
-    return Source(own, columns, *_spaces(own), (None, None), d4rl_scores=reference_scores(task))
+    scores = reference_scores(task) if task in _d4rl_tasks() else None  # none of Ant_maze_..., another task
+    return Source(own, columns, *_spaces(own), (None, None), d4rl_scores=scores)
 
 
 def _drop_time_outs(columns: dict[str, Tensor]) -> str:
@@ -385,11 +386,12 @@ def _refuse(name: str, key: str, x: Tensor, bad: Tensor, what: str) -> None:
         raise ValueError(f"{name}: {key} of step {step} is {x[step][bad[step]][0]:g}, {what}")
 
 
-def _checksum(columns: dict[str, Tensor]) -> str:
+def checksum(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of tensors of the CPU with their names, types and shapes."""
     digest = hashlib.sha256()
-    for name, x in sorted(columns.items()):
+    for name, x in sorted(tensors.items()):
         digest.update(f"{name} {x.dtype} {tuple(x.shape)} ".encode())
-        digest.update(x.numpy().data)
+        digest.update(x.contiguous().numpy().data)
     return digest.hexdigest()
 
 

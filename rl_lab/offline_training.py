@@ -22,6 +22,7 @@ from rl_lab.distributions import Actions
 from rl_lab.memory import free_memory
 from rl_lab.offline import Dataset, load
 from rl_lab.replay import Batch, Replay, draw_uniform
+from rl_lab.rollout import on_device
 from rl_lab.run import Run
 from rl_lab.vector import VectorEnv
 
@@ -139,6 +140,8 @@ class OfflineRun(Run):
         state: Callable[[], dict[str, Any]],
     ) -> None:
         data.require_env(args.env, env.observation_space, env.action_space)
+        env.reset()  # which shows its masks
+        args.require("env", env.action_mask is None, "one without masks of actions, which no policy here would heed")
         self.data, self.generators, self.learned = data, generators, state
         need, room = sum(x.nbytes for x in data.columns.values()), free_memory(args.torch_device)
         told = f"it takes {need / 1e9:.1f} GB, {room / 1e9:.1f} GB are free on {args.torch_device}"
@@ -212,7 +215,7 @@ class OfflineRun(Run):
         Args:
             policy, agent, normalizer, env: as `Run.evaluate` takes them.
         """
-        returns, lengths = self.evaluate(policy, agent, normalizer, env)
+        returns, lengths = self.evaluate(policy, agent, on_device(normalizer, env.device), env)
         means = torch.from_numpy(returns.mean(1))
         self.best = torch.maximum(self.best, means)
         self.recent = returns.tolist()  # what the console shows, and the end of the run prints

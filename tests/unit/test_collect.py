@@ -447,6 +447,21 @@ def test_environments_of_this_package_are_known_again(root: Path) -> None:
     assert offline.load("lab/recall/random-v0").env_id == "Recall-v0"
 
 
+def test_an_environment_of_ones_own_is_known_again(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its module, which registers it; a class in the registry is nothing that metadata could name."""
+    (tmp_path / "halls.py").write_text(
+        "import gymnasium as gym\n"
+        "from gymnasium.envs.classic_control import PendulumEnv\n\n"
+        "gym.register('Hall-v0', PendulumEnv, max_episode_steps=10)\n"
+        "gym.register('Hall-v1', 'gymnasium.envs.classic_control:PendulumEnv', max_episode_steps=10)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for env in ("halls:Hall-v0", "halls:Hall-v1"):
+        dataset = f"lab/{env[-7:].lower()}/random-v0"
+        collect(Args(dataset=dataset, env=env, random=True, steps=20, num_envs=1))
+        assert offline.load(dataset).env_id == env and not offline.load(dataset, env_id=env).notes
+
+
 def test_what_is_replaced_is_put_back(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If the process is interrupted, or killed, after it moved the old one away."""
     collect(RANDOM)

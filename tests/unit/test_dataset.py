@@ -62,6 +62,14 @@ def test_coverage_of_discrete_actions_and_images() -> None:
     assert "obs 1" not in found
 
 
+def test_coverage_of_actions_in_two_axes() -> None:
+    """Each number of an action is a dimension, in rows."""
+    actions = torch.arange(30.0).view(5, 2, 3)
+    found = coverage(data(columns={**data().columns, "actions": actions}, action_space=Box(0, 29, (2, 3))))
+    assert [found[f"action {i}"][:2] for i in range(6)] == [[i, 24 + i] for i in range(6)]
+    assert [found[f"action {i}"][4] for i in (0, 1, 5)] == [0.2, 0, 0.2] and "action 6" not in found
+
+
 def test_the_text() -> None:
     console = Console(record=True, width=120, file=io.StringIO())
     print_summary(data(), console)

@@ -155,6 +155,18 @@ def test_with_the_gap_s_sign_wrong_it_takes_the_unseen_action(
     assert shares(tmp_path)[2] > 0.95
 
 
+@pytest.mark.slow
+def test_compiled_equals_eager(tmp_path: Path, small: None) -> None:
+    """Guards what users run, which is compiled: two agents, the weight of the gap not the default."""
+    flags = {**SMALL, "total_timesteps": 5, "log_every": 5, "eval_episodes": 0, "num_seeds": 2, "cql_alpha": 0.3}
+    eager, compiled = (
+        discrete_cql.train(Args(dataset="unseen", runs_dir=tmp_path / str(x), **{**flags, "compile": x})).state()
+        for x in (False, True)
+    )
+    for name, p in eager["params"].items():
+        torch.testing.assert_close(compiled["params"][name], p, rtol=0, atol=1e-5, msg=name)
+
+
 def test_the_target_network_is_replaced_at_its_time(tmp_path: Path, small: None) -> None:
     """After gradient steps 4 and 8; not after 10, nor between."""
     flags = {**SMALL, "log_every": 1, "eval_episodes": 0}

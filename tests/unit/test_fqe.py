@@ -23,6 +23,7 @@ from rl_lab.distributions import Actions
 from rl_lab.envs import make
 from rl_lab.episodes import evaluate, evaluation_seeds
 from rl_lab.offline import Dataset
+from rl_lab.run import flatten
 
 BOX, DISCRETE = Actions((1,), (1,), (-2.0,), (2.0,)), Actions((2,), ())
 GAMMA = 0.9
@@ -183,6 +184,19 @@ def test_the_target_network_is_a_copy_of_some_steps_before(tmp_path: Path, monke
     assert runs[-1].results[0]["estimate"]["mean"] == pytest.approx(value, rel=1e-5)
 
 
+@pytest.mark.slow
+def test_compiled_equals_eager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards what users run, which is compiled, also with another rate than the graph before."""
+    monkeypatch.setattr(fqe, "HIDDEN", (32, 32))
+    use(monkeypatch, chain("CartPole-v1", 40)[0])
+    for rate in (1e-2, 1e-3):
+        flags = {"total_timesteps": 6, "log_every": 6, "batch_size": 8, "num_seeds": 2, "target_network_frequency": 2}
+        args = settings(tmp_path / str(rate), **flags, learning_rate=rate)
+        eager, compiled = (fqe.train(replace(args, compile=x), Walker("CartPole-v1")).state() for x in (False, True))
+        for name, p in eager["params"].items():
+            torch.testing.assert_close(compiled["params"][name], p, rtol=0, atol=1e-5, msg=name)
+
+
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, chain("Pendulum-v1", 40)[0])
     policy = Walker("Pendulum-v1")
@@ -244,9 +258,8 @@ def test_the_command_evaluates_a_run(
     (run,) = (tmp_path / "fqe").iterdir()
     found = json.loads((run / "fqe.json").read_text())
     assert found["estimate"]["mean"] == pytest.approx(VALUE, abs=0.03)
-    assert found["policy"] == {
-        "run": str(folder), "algo": "bc", "parameters": "model.safetensors", "sha256": fqe.checksum(policy)
-    }  # fmt: skip
+    digest = fqe.checksum(flatten({"params": policy.params, "normalizer": policy.normalizer}))
+    assert found["policy"] == {"run": str(folder), "algo": "bc", "parameters": "model.safetensors", "sha256": digest}
     assert found["dataset"] == {"name": "chain", "sha256": "sum of the data"}
     assert found["data"]["mean"] == pytest.approx(fqe.discounted_returns(data, GAMMA).mean().item())
     lengths = fqe.play(policy, make("CartPole-v1", evaluation_seeds((1,)), 5), GAMMA)[1]

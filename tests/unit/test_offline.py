@@ -180,11 +180,22 @@ def test_d4rls_scores_go_before_the_data_sets_own_and_given_ones_before_both() -
     given = load(ID, scores=(0, 24))
     told = "Normalized scores are by 0 and 24, not by D4RL's -20.272305 and 3234.3 or the data set's own 2.0 and 12.0."
     assert given.normalized(6.0) == 25 and told in given.notes
+    edit_metadata(folder, ref_max_score=None)  # half of them counts for nothing, D4RL's being there
+    assert load(ID).scores == hopper.scores and not any("Normalized" in note for note in load(ID).notes)
+    edit_metadata(folder, ref_max_score=12.0)
     edit_metadata(folder, env_spec=gym.spec("Swimmer-v5").to_json())
     assert load(ID).normalized(load(ID).episode_returns).tolist() == [50, 220]
     edit_metadata(folder, ref_min_score="2", ref_max_score=[12.0])
     with pytest.raises(ValueError, match=rf"{ID}: its scores '2' and \[12.0\] are no numbers; pass both by --scores"):
         load(ID)
+
+
+def test_a_file_of_another_task_has_no_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """D4RL's mazes of the ant are named Ant_maze_..., and are scored otherwise."""
+    entry = "gymnasium.envs.mujoco.half_cheetah_v4:HalfCheetahEnv"
+    (tmp_path / "mazes.py").write_text(f"import gymnasium as gym\n\ngym.register('Maze-v0', {entry!r})\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert load(write_d4rl(tmp_path, "Halfcheetah_maze.hdf5"), env_id="mazes:Maze-v0").scores is None
 
 
 @pytest.mark.parametrize("score", [{"ref_min_score": 2.0}, {"ref_max_score": 2.0}])

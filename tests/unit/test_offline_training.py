@@ -28,6 +28,8 @@ from rl_lab.cli import Stopped
 from rl_lab.curves import store
 from rl_lab.distributions import Actions, scaled, unscaled
 from rl_lab.envs import make
+from rl_lab.evaluate import play
+from rl_lab.log import RunLog
 from rl_lab.offline import Dataset
 from rl_lab.offline_training import OfflineRun, standardize, standardized
 
@@ -86,8 +88,11 @@ def test_other_data_are_refused_on_resume(
     recorded = json.loads((folder / "config.json").read_text())["data"]
     assert recorded == {"name": "lucky", "env": "Pendulum-v1", "checksum": "none", "transitions": 200,
                         "scores": [-10.0, 0.0]}  # fmt: skip
-    with pytest.raises(ValueError, match="--dataset lucky is not what the run has learned from"):
-        algorithm.train(arguments(algorithm, tmp_path, resume=folder))
+    before = (folder / "config.json").read_bytes()
+    for flags in ({}, {"total_timesteps": 80}):  # nor is a run prolonged that does not go on
+        with pytest.raises(ValueError, match="--dataset lucky is not what the run has learned from"):
+            algorithm.train(arguments(algorithm, tmp_path, resume=folder, **flags))
+    assert (folder / "config.json").read_bytes() == before
 
 
 def test_data_may_have_moved(lucky: Lucky, tmp_path: Path) -> None:
@@ -114,7 +119,7 @@ def test_a_seed_alone_and_among_others(algorithm: ModuleType, lucky: Lucky, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algorithm", [awac, iql, td3_bc, cql], ids=["awac", "iql", "td3_bc", "cql"])
+@pytest.mark.parametrize("algorithm", [awac, bc, iql, td3_bc, cql], ids=["awac", "bc", "iql", "td3_bc", "cql"])
 def test_compiled_equals_eager(algorithm: ModuleType, lucky: Lucky, tmp_path: Path) -> None:
     """Guards what users run, which is compiled: two agents after five gradient steps."""
     lucky(200)
@@ -167,6 +172,65 @@ def test_judgement(algorithm: ModuleType, lucky: Lucky, tmp_path: Path, capsys: 
         in printed
     )
     assert printed.endswith(f"best evaluation {best:.1f}")
+
+
+@pytest.mark.parametrize("algorithm", EVERY, ids=[a.__name__.rpartition(".")[2] for a in EVERY])
+def test_what_is_judged_is_what_is_saved(
+    algorithm: ModuleType, lucky: Lucky, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against raw observations for agents of standardised ones, slow networks, and returns for scores."""
+    data = lucky(200)
+    columns, space = {name: 3 * data.columns[name] + 5 for name in ("obs", "next_obs")}, data.action_space
+    if algorithm is discrete_cql:
+        peer = gym.make("CartPole-v1")
+        obs, space = 3 * torch.randn(200, 4, generator=torch.Generator().manual_seed(3)) + 5, peer.action_space
+        columns = {"obs": obs, "next_obs": obs, "actions": (obs[:, 2] > 5).long()}
+        data = replace(data, env_id="CartPole-v1", observation_space=peer.observation_space)
+    data = replace(data, columns=data.columns | columns, action_space=space)
+    monkeypatch.setattr("rl_lab.offline_training.load", lambda *_: data)
+    logged: dict[str, float] = {}
+    monkeypatch.setattr(RunLog, "scalars", lambda self, index, step, row: logged.update(row))
+    normalized = {} if not hasattr(algorithm.Args, "normalize_obs") else {"normalize_obs": True}
+    run = algorithm.train(arguments(algorithm, tmp_path, **normalized))
+    played = play(rl_lab.load(run.logs.folders[0]), 3, True, seed=0)
+    assert run.recent[0] == pytest.approx(played["returns"], rel=1e-5) and len(set(played["returns"])) > 1
+    assert logged["eval/normalized_score"] == pytest.approx(10 * (played["mean"] + 10))
+    assert logged["eval/best_normalized_score"] == pytest.approx(10 * (logged["eval/best_return"] + 10))
+
+
+def test_statistics_follow_the_parameters_to_their_device(lucky: Lucky, tmp_path: Path) -> None:
+    """Guards against a judgement on a GPU of observations there by a mean on the CPU."""
+    args, given = arguments(bc, tmp_path, env="Pendulum-v1"), list[Any]()
+    run = OfflineRun(args, "bc", lucky(50), make(args.env, args.seeds, 1), args.generators(0), lambda: {"params": {}})
+
+    class Elsewhere:
+        device = torch.device("meta")
+
+    def evaluate(policy: Any, agent: Any, normalizer: Any, env: Any) -> tuple[Any, Any]:
+        given.append(normalizer)
+        return np.zeros((1, 2)), np.ones((1, 2))
+
+    run.evaluate = evaluate  # type: ignore
+    for _ in run.intervals():
+        run.judge(bc.policy, {}, standardized(run.data, 1)[1], Elsewhere())  # type: ignore
+    assert {x.device.type for x in given[0].values()} == {"meta"} and given[0].keys() == {"mean", "scale"}
+
+
+@pytest.mark.cuda
+@EACH
+def test_a_run_on_a_gpu_is_judged_there(algorithm: ModuleType, lucky: Lucky, tmp_path: Path) -> None:
+    lucky(200)
+    run = algorithm.train(arguments(algorithm, tmp_path, device="cuda", compile=True))
+    assert len(run.recent[0]) == 3 and np.isfinite(run.recent[0]).all()
+
+
+def test_masks_of_actions_are_refused(lucky: Lucky, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a policy that takes what is forbidden, and a score of that."""
+    args, env = arguments(bc, tmp_path, env="Pendulum-v1"), make("Pendulum-v1", (1,), 1)
+    monkeypatch.setattr(type(env), "action_mask", torch.ones(1, 2, dtype=torch.bool))
+    with pytest.raises(ValueError, match="--env Pendulum-v1 must be one without masks of actions"):
+        OfflineRun(args, "bc", lucky(50), env, args.generators(0), lambda: {"params": {}})
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("algorithm", EVERY, ids=[a.__name__.rpartition(".")[2] for a in EVERY])

@@ -19,7 +19,7 @@ from torch import Tensor
 import rl_lab
 import rl_lab.run
 from rl_lab import checkpoint
-from rl_lab.algorithms import ppo
+from rl_lab.algorithms import c51, dqn, ppo, ppo_lstm, rainbow, sac, td3
 from rl_lab.envs import make
 from rl_lab.episodes import evaluate, evaluation_seeds
 from rl_lab.evaluate import main, play
@@ -292,6 +292,23 @@ def test_evaluations_are_logged_at_their_steps_and_agree_with_the_command(cartpo
         assert len(set(events)) > 1
         result = play(rl_lab.load(folder), 10, True, seed=0)
         assert events[-1][1:] == pytest.approx((result["mean"], result["mean_length"]))
+
+
+@pytest.mark.parametrize("algorithm", [c51, dqn, ppo_lstm, rainbow, sac, td3])
+def test_every_command_evaluates_on_the_way(algorithm: Any, tmp_path: Path) -> None:
+    """Guards against an evaluation of a target network, by a memory that was not kept, or of episodes trained on."""
+    flags: dict[str, Any] = {"total_timesteps": 96, "learning_starts": 16, "log_every": 16, "train_frequency": 4}
+    flags |= {"batch_size": 8, "buffer_size": 64}
+    flags |= {"env": "Pendulum-v1"} if algorithm in (sac, td3) else {"target_network_frequency": 64}
+    if algorithm is ppo_lstm:
+        flags = {"env": "CartPole-v1", "num_envs": 2, "num_steps": 16, "num_minibatches": 1, "total_timesteps": 96}
+    elif algorithm is not rainbow:
+        flags |= {"q_lr": 1e-2} if algorithm is sac else {"learning_rate": 1e-2}
+    run = algorithm.train(algorithm.Args(**flags, eval_every=48, num_seeds=2, compile=False, runs_dir=tmp_path))
+    for folder in run.logs.folders:
+        _, (last, *second) = logged(folder)
+        result = play(rl_lab.load(folder), 10, True, seed=0)
+        assert last == 96 and second == pytest.approx([result["mean"], result["mean_length"]])
 
 
 @pytest.mark.parametrize("args", [replace(CARTPOLE, total_timesteps=2048), PENDULUM], ids=["cartpole", "pendulum"])

@@ -21,7 +21,7 @@ from rl_lab.distributions import Actions
 from rl_lab.envs.memory import Recall
 from rl_lab.networks import Params, init_lstm, lstm, lstm_step, mlp
 from rl_lab.optim import fast_bf16
-from rl_lab.rollout import Rollout
+from rl_lab.rollout import Collector, Rollout
 from rl_lab.vector import TensorEnv
 
 # Episodes of 10 steps in rollouts of 16: each rollout but the first starts in the middle of an episode.
@@ -315,14 +315,29 @@ def test_compiled_equals_eager_on_images(tmp_path: Path) -> None:
         torch.testing.assert_close(p, compiled[name], rtol=0, atol=1e-5)
 
 
-def test_an_environment_of_gymnasiums_collects_the_same_memory(tmp_path: Path) -> None:
-    """Guards the memory in the loop that steps environments from Python: ratio one there too, where poles fall."""
-    states = []
-    for backend in ("native", "gymnasium"):
-        args = replace(SMALL, env="CartPole-v1", backend=backend, runs_dir=tmp_path / backend)
-        run = ppo_lstm.train(replace(args, num_minibatches=1, update_epochs=1, total_timesteps=64, num_envs=2))
-        states.append(run.state()["collector"]["memory"])
-    assert all(x.shape == (2, 8) and x.abs().sum() > 0 for memory in states for x in memory.values())
+@pytest.mark.parametrize("backend", ["native", "gymnasium"])
+def test_memory_follows_from_what_was_seen(backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards both loops that step environments: each part under its name, moved at every step, zero after an end."""
+    seen, collect = list[Any](), Collector.collect
+
+    def recorded(self: Collector, params: Any, noise: Tensor) -> Rollout:
+        before = {name: x.clone() for name, x in self.memory.items()}
+        rollout = collect(self, params, noise)
+        seen.append((params, before, rollout, self.memory))
+        return rollout
+
+    monkeypatch.setattr(Collector, "collect", recorded)
+    flags = {"num_envs": 2, "num_steps": 15, "num_minibatches": 1, "update_epochs": 1, "total_timesteps": 90}
+    ppo_lstm.train(replace(SMALL, env="CartPole-v1", backend=backend, runs_dir=tmp_path, **flags))
+    ends = []
+    for params, memory, rollout, after in seen:
+        lone = {name: p[0] for name, p in params.items()}
+        ends.append(rollout["terminated"] | rollout["truncated"])
+        for obs, ended in zip(rollout["obs"], ends[-1], strict=True):
+            memory = ppo_lstm.remember(lone, obs, memory)
+            memory = {name: x.masked_fill(ended.unsqueeze(1), 0.0) for name, x in memory.items()}
+        torch.testing.assert_close(after, memory, rtol=0, atol=1e-6)
+    assert len(seen) == 3 and all(x.any() for x in seen[1][1].values()) and torch.stack(ends).any()
 
 
 # --- what users see ---------------------------------------------------------------------------------------------------

@@ -173,9 +173,11 @@ def test_from_a_data_set_to_the_table(source: str, tmp_path: Path, monkeypatch: 
 
 RECIPE = Path(__file__).parents[2] / "runs/offline.sh"
 STUB = """#!/usr/bin/env bash
-# Stands for Python: what is called, and a run folder of each of two seeds, the first time an unfinished one.
+# Stands for Python: what is called, and a run folder of each of two seeds, the first time an unfinished one; a training
+# of what `diverge` names fails.
 echo "$@" >> calls
 [[ $2 == rl_lab.curves.offline ]] && exit
+[[ $2 != "$(cat diverge 2> /dev/null)" ]] || exit 1
 while (($#)); do [[ $1 == --runs-dir ]] && folder=$2; shift; done
 for seed in 1 2; do
     run=${folder:-runs/bc/hopper-medium}/Hopper-v4__bc__${seed}__1
@@ -188,23 +190,29 @@ done
 
 
 def test_the_recipe_goes_on_and_keeps_what_it_went_on_with(tmp_path: Path) -> None:
-    """Interrupted, resumed, already finished: the results of the same two runs are kept; not of another budget."""
+    """Interrupted, resumed, already finished: the results of the same two runs are kept; not of another budget.
+
+    An interrupt ends it, a training that fails does not, but its status tells.
+    """
     (tmp_path / "runs").mkdir()
     shutil.copy(RECIPE, tmp_path / "runs")
     (tmp_path / "python").write_text(STUB)
     (tmp_path / "python").chmod(0o755)
     (tmp_path / "interrupt").touch()
 
-    def calls(**environ: str) -> list[str]:
-        """What a call of the recipe calls in turn."""
+    def calls(status: int = 0, says: str = "", **environ: str) -> list[str]:
+        """What a call of the recipe calls in turn; it ends with this status and says so."""
         (tmp_path / "calls").write_text("")
         variables = os.environ | {"PYTHON": str(tmp_path / "python"), "ALGORITHMS": "bc"} | environ
-        subprocess.run([tmp_path / "runs/offline.sh", "hopper-medium"], env=variables, check=False)
+        ended = subprocess.run(
+            [tmp_path / "runs/offline.sh", "hopper-medium"], env=variables, stderr=subprocess.PIPE, text=True
+        )
+        assert ended.returncode == status and says in ended.stderr
         return (tmp_path / "calls").read_text().splitlines()
 
     folder = "runs/bc/hopper-medium"
     both = f"{folder}/Hopper-v4__bc__1__1 {folder}/Hopper-v4__bc__2__1"
-    (training,) = calls()
+    (training,) = calls(status=130)
     assert training.startswith("-m rl_lab.bc --dataset lab/hopper/medium-v0 --total-timesteps 50000 --num-seeds 5")
     resumed = f"-m rl_lab.bc --resume {folder}/Hopper-v4__bc__1__1"
     assert calls() == [resumed, f"-m rl_lab.curves.offline {both}"]
@@ -215,6 +223,9 @@ def test_the_recipe_goes_on_and_keeps_what_it_went_on_with(tmp_path: Path) -> No
     (training,) = calls(STEPS="9", SEEDS="2")
     assert "--total-timesteps 9 --num-seeds 2" in training and f"{folder}-9-steps-2-seeds" in training
     assert calls(STEPS="9", SEEDS="2") == []  # finished
+    (tmp_path / "diverge").write_text("rl_lab.iql")
+    failed, training, keeping = calls(status=1, says="failed: iql on hopper-medium", ALGORITHMS="iql td3_bc")
+    assert "rl_lab.iql" in failed and "rl_lab.td3_bc" in training and "rl_lab.curves.offline" in keeping
 
 
 def test_other_runs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

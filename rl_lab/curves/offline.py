@@ -41,8 +41,9 @@ READING = """
 
 IQM of D4RL's normalized scores over seeds, with its 95 % interval: the last parameters, 100 episodes of likeliest
 actions; seeds × gradient steps. The verdict and P, the chance that a run is above one of BC, are against BC on the same
-data ([how](docs/offline.md)). In brackets what CORL reports after a million gradient steps on D4RL's set of this name:
-other data, unless the row is D4RL's file itself (…-v2): after as many steps it says whether that is in our interval.
+data ([how](docs/offline.md)). In parentheses CORL's score after a million gradient steps on D4RL's set of this name.
+The lab's sets are other data, which makes it context only; a row of D4RL's own file (…-v2), trained as long, says
+whether CORL's score is within our interval.
 [runs/results/offline](runs/results/offline) has every episode; where files are removed there, `runs/offline.sh` makes
 them again."""
 

@@ -23,14 +23,15 @@ import tyro
 from rl_lab.curves.summary import RESULTS, insert, interval
 
 FOLDER = RESULTS / "preference"
-KEPT = ("evaluation", "before", "after", "winrate")  # .json files of a run folder
+KEPT = ("evaluation", "before, or baseline", "after", "winrate")  # .json files of a run folder
 ABOUT = ("algo", "seed", "command", "git_commit", "versions", "hardware", "args")
 READING = """
 
-Seeds' IQM with its 95 % interval, but for GRPO no narrower than one seed's over its held-out examples (Wilson), which
-are the same for all; a single seed has that one. Accuracy is of greedy answers to prompts of the task that were not
-trained on, or of the implicit reward on pairs whose prompts were not. Minutes are the wall clock's, on one thread
-beside other work. `runs/preference.sh` makes the rows again; every seed is in
+Seeds' IQM with its 95 % interval, widened where it is narrower than one seed's over its held-out examples (Wilson),
+which are the same for all; GRPO's is of the seeds alone, a single seed has Wilson's. Accuracy is of greedy answers to
+prompts of the task that were not trained on, or of the implicit reward on pairs whose prompts were not. Minutes are the
+wall clock's, on one thread beside other work. `PAIRS=FILE runs/preference.sh` makes the rows again, FILE being
+hh-rlhf's harmless-base/test.jsonl.gz; every seed is in
 [runs/results/preference](runs/results/preference), with command, commit (of a changed tree where it says so),
 versions and hardware; what stands beside a win rate: [docs/judging.md](docs/judging.md)."""
 
@@ -111,7 +112,7 @@ def rows_of(name: str, runs: list[Run]) -> list[list[str]]:
 
 def table(folder: Path) -> str:
     """Markdown of all results kept, and how to read it."""
-    rows = [["", "seeds", "measured", "before", "after", "training, minutes"]]
+    rows = [["", "seeds", "measured", "before, or baseline", "after", "training, minutes"]]
     rows.append(["---", "---", "---", "---:", "---:", "---:"])
     for path in sorted(folder.glob("*.json")):
         rows += rows_of(path.stem, json.loads(path.read_text(encoding="utf-8")))

@@ -38,14 +38,6 @@ from rl_lab.curves.store import Run
 LEVEL = 0.95  # of the intervals shown; the verdicts rest on the harness's own, of 90 %
 RESULTS = Path("runs/results")
 COLUMNS = 3  # of the plot
-READING = """
-
-Seeds are ours : CleanRL's. The four figures after them are of the mean return in a run's last 100 training episodes,
-over seeds: IQM with its bootstrap interval, and mean ± std as CleanRL prints it. The verdicts, with their margins, are
-on this score and on the area under the learning curve ([how](docs/curves.md)); where no runs of CleanRL were measured,
-its published figure informs. A run whose row names a step was stopped there; published figures are of whole budgets.
-[runs/results/{algo}](runs/results/{algo}) has every episode, with command, commit, versions and hardware; where a row's
-files are removed there, `runs/reproduce.sh {algo} ENVIRONMENT` makes it again."""
 
 
 def keep(runs: Sequence[Run], target: Path) -> Path:
@@ -118,8 +110,8 @@ def interval(scores: Floats) -> Interval:
     return statistics.iqm_interval(scores, np.random.default_rng(0), LEVEL)
 
 
-def table(results: Sequence[Result], algo: str) -> str:
-    """Markdown: a row for each result, and how to read them and make them again."""
+def table(results: Sequence[Result]) -> str:
+    """Markdown: a row for each result. How to read them stands in the README."""
     header = ["environment", "seeds", "ours, IQM [95 %]", "ours, mean ± std", "CleanRL measured, IQM [95 %]",
               "CleanRL published, mean ± std", "score", "area"]  # fmt: skip
     rows = [header, ["---"] * 2 + ["---:"] * 4 + ["---"] * 2]
@@ -140,7 +132,7 @@ def table(results: Sequence[Result], algo: str) -> str:
         mean = f"{_number(ours.mean())} ± {_number(ours.std())}" if len(ours) > 1 else _number(ours.mean())
         stopped = f" at {result.budget:,} of {whole:,} steps" if result.budget < whole else ""
         rows.append([result.env + stopped, seeds, _interval(ours), mean, measured, published, score, area])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + READING.format(algo=algo)
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def insert(readme: Path, algo: str, text: str) -> None:
@@ -236,9 +228,9 @@ def main(algo: tyro.conf.Positional[str], runs: tyro.conf.Positional[tuple[Path,
             raise ValueError(f"{RESULTS / algo} keeps no results: name run folders")
         image = Image.open(io.BytesIO(plot.png(draw(results))))  # Pillow comes with matplotlib
         image.convert("RGB").quantize(64).save(RESULTS / f"{algo}.png", optimize=True)  # 64 colours: a third the bytes
-        print(table(results, algo))
+        print(table(results))
         if Path("README.md").is_file():
-            insert(Path("README.md"), algo, table(results, algo))
+            insert(Path("README.md"), algo, table(results))
     except ValueError as error:
         sys.exit(f"summary: {error}")
 

@@ -12,7 +12,7 @@ are standardised (`--no-normalize-obs` leaves them). So does CORL's awac.py (git
 Differs from the paper, as CORL does, in: A takes one action b for the expectation over them; weights are bounded.
 Differs from CORL in: bounds are the environment's, theirs -1 and 1; the mean is clipped to them in evaluation too.
 
-    python -m rl_lab.awac --dataset lab/halfcheetah/medium-replay-v0        expected results: docs/awac.md
+    python -m rl_lab.awac --dataset lab/halfcheetah/medium-replay-v0        its page: docs/awac.md
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ Differs from CleanRL's c51.py and c51_atari.py in:
   - gradient steps come after env steps 10, 20, ... of `--train-frequency 10`; theirs come one env step later;
   - between two gradient steps the parameters stand still, so these env steps are taken in one compiled call;
   - `--num-envs` may be above 1;
-  - on images, all but the head in bfloat16, and the true successor of a truncated step.
+  - on images, all but the head in bfloat16 where that is faster, and the true successor of a truncated step.
 
     python -m rl_lab.c51 --env CartPole-v1        expected results: docs/c51.md
 """

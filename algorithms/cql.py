@@ -14,7 +14,7 @@ others as they were before the gradient step. As in the authors' code (github.co
 before the squared error, a sum over b where the paper has a mean, no entropy in the target (`--backup-entropy` adds
 it). Theirs has three hidden layers, and its actor clones behaviour in the first 40,000 gradient steps (`--bc-steps`).
 
-    python -m rl_lab.cql --dataset lab/halfcheetah/medium-replay-v0        expected results: docs/cql.md
+    python -m rl_lab.cql --dataset lab/halfcheetah/medium-replay-v0        its page: docs/cql.md
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ Differs from the paper, whose discrete actions are Atari's, in: one Q where it h
 (github.com/takuseno/d3rlpy), the error is Huber's: its slope is at most 1, so that `--cql-alpha`, which bounds that of
 the second term, means the same whatever the size of rewards.
 
-    python -m rl_lab.discrete_cql --dataset PATH        expected results: docs/discrete_cql.md
+    python -m rl_lab.discrete_cql --dataset PATH        its page: docs/discrete_cql.md
 """
 
 from __future__ import annotations

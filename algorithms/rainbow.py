@@ -20,7 +20,8 @@ Differs from CleanRL's rainbow_atari.py in:
     drawn only before gradient steps: acting keeps one noise for 4 env steps, and for the 80,000 before the first;
   - an n-step return ends with a truncated episode; theirs runs on into the next one;
   - the last n - 1 steps of an episode are learned from, too, with the shorter returns that are left;
-  - the convolutions compute in bfloat16, and gradient steps come after env steps 4, 8, ..., one env step earlier.
+  - the convolutions compute in bfloat16 where that is faster;
+  - gradient steps come after env steps 4, 8, ..., one env step earlier.
 
     python -m rl_lab.rainbow --env CartPole-v1        expected results: docs/rainbow.md
 """

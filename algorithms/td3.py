@@ -14,7 +14,7 @@ Differs from CleanRL's td3_continuous_action.py in:
   - with several environments there is a gradient step for every `--train-frequency` env steps over all of them; theirs
     takes one for each step of all environments together.
 
-    python -m rl_lab.td3 --env HalfCheetah-v4        expected results: docs/td3.md
+    python -m rl_lab.td3 --env HalfCheetah-v4        its page: docs/td3.md
 """
 
 from __future__ import annotations

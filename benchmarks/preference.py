@@ -7,7 +7,7 @@
 
 All weights of SmolLM2-135M are trained, one thread each, one after the other to save memory, on the same examples in
 the same order: DPO on 4 pairs a step in float32; GRPO on larger-of-two, 6 prompts with 8 completions of up to 4
-tokens, in bfloat16 where the processor multiplies it. TRL computes the reference's log-probabilities in every step,
+tokens, in bfloat16 where that is faster. TRL computes the reference's log-probabilities in every step,
 rl_lab once at the start: their part of a step is told apart, as an example that comes again does not cost it again.
 """
 

@@ -1,6 +1,6 @@
 """Stable-Baselines3's algorithms with the hyper-parameters of rl_lab's, which are CleanRL's.
 
-    python -m benchmarks.sb3 ppo '{"env": "CartPole-v1", "runs_dir": "/tmp/runs", ...}'
+    python -m benchmarks.sb3 ppo '{"env": "CartPole-v1", "runs_dir": "runs", ...}'
 
 takes the fields of our `Args` as JSON, so that nothing of rl_lab is imported here.
 """

@@ -231,7 +231,7 @@ def draw(found: dict[str, dict[str, list[float]]], fits: dict[str, dict[str, dic
             axes.plot(d, d * (form["alpha"] - form["beta"] * FORMS[method](d)), color=colour, linewidth=1)
         axes.set(
             title=method,
-            xlabel="square root of the KL from the start, nats",
+            xlabel="square root of the KL from the start (KL in nats)",
             ylabel="gain, standard deviations at the start",
         )
         axes.axhline(0, color="0.7", linewidth=0.6)

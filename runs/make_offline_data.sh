@@ -4,7 +4,7 @@
 # training that was interrupted goes on. In the environment, for other than the defaults:
 #   STEPS   of the random, medium and expert sets: 200000; D4RL's have 1000000
 #   SETS    which: "random medium expert medium-expert medium-replay"
-#   AGENTS  the RL Zoo's agents, seen from the clone: ../shared/agents
+#   AGENTS  for the expert sets: a clone of DLR-RM/rl-trained-agents, seen from this one
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
@@ -12,7 +12,7 @@ export OMP_NUM_THREADS=1
 (($#)) || set -- halfcheetah hopper walker2d
 steps=${STEPS:-200000}
 sets=${SETS:-random medium expert medium-expert medium-replay}
-agents=${AGENTS:-../shared/agents}
+agents=${AGENTS:-agents}
 home=$(realpath -m "${MINARI_DATASETS_PATH:-$HOME/.minari/datasets}")
 python=${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo python3)}
 

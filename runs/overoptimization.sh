@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Reproduce docs/overoptimization.md: what optimizing a learned reward does to the reward it was learned from.
-#   POLARITY    the folder of Pang and Lee's rt-polarity.pos and rt-polarity.neg; ../shared/data/sentence_polarity
+#   POLARITY    the folder of Pang and Lee's rt-polarity.pos and rt-polarity.neg, seen from the clone
 # A run that was interrupted is resumed, one that is finished is skipped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-export POLARITY=${POLARITY:-../shared/data/sentence_polarity}
+export POLARITY=${POLARITY:?names the folder of rt-polarity.pos and rt-polarity.neg}
 model=smollm2-135m folder=runs/overoptimization
 python=${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo python3)}
 study=("$python" -m rl_lab.overoptimization)

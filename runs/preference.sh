@@ -6,16 +6,21 @@
 # Every run is a step of its own: skipped if it is finished, resumed if it was interrupted. In the environment, for other
 # than the defaults:
 #   SEEDS       "1 2 3 4 5"; dpo-pairs takes the first one only
-#   PAIRS       human pairs: ../shared/data/hh-rlhf/harmless-base-test.jsonl.gz
+#   PAIRS       human pairs, for dpo-pairs: the file harmless-base/test.jsonl.gz of Anthropic's hh-rlhf
 #   DPO_STEPS, JUDGE_STEPS, ANSWERS    of dpo-pairs: gradient steps of 8 pairs (170, 85), and prompts to answer (500)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 (($#)) || set -- grpo dpo-task dpo-pairs
 read -ra seeds <<< "${SEEDS:-1 2 3 4 5}"
-pairs=${PAIRS:-../shared/data/hh-rlhf/harmless-base-test.jsonl.gz}
+pairs=${PAIRS:-}
 model=smollm2-135m task=larger-of-two
 python=${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo python3)}
+
+[[ " $* " != *" dpo-pairs "* || -f $pairs ]] || {  # before anything trains
+    echo "PAIRS '$pairs': dpo-pairs takes the file harmless-base/test.jsonl.gz of hh-rlhf" >&2
+    exit 2
+}
 
 "$python" -m rl_lab.models "$model"
 

@@ -23,7 +23,7 @@ import tyro
 from rl_lab.curves.summary import RESULTS, insert, interval
 
 FOLDER = RESULTS / "preference"
-KEPT = ("evaluation", "before, or baseline", "after", "winrate")  # .json files of a run folder
+KEPT = ("evaluation", "before", "after", "winrate")  # .json files of a run folder
 ABOUT = ("algo", "seed", "command", "git_commit", "versions", "hardware", "args")
 READING = """
 

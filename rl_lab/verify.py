@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -39,10 +39,20 @@ class Args:
     """write the accuracy to this file too"""
     seed: int = 1
     """of their sampling, at temperature 1"""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """cpu or cuda"""
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
     bf16: bool = fast_bf16()
     """matrix products in bfloat16"""
+
+
+def require_valid(args: Args) -> None:
+    """Raise a ValueError that says which flag cannot be so, before anything is sampled."""
+    for flag, path in (("--pairs", args.pairs), ("--json", args.json)):
+        if path and not path.absolute().parent.is_dir():
+            raise ValueError(f"{flag} {path} must be a file in a folder that exists")
+    if args.pairs and args.group_size < 2:
+        raise ValueError(f"--group-size {args.group_size} must be at least 2, for a right and a wrong answer")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no CUDA device here; --device cpu works")
 
 
 def pair_of(texts: list[str], rewards: list[float]) -> tuple[str, str] | None:
@@ -63,6 +73,7 @@ def main() -> None:
     """See the module."""
     args = tyro.cli(Args, description=__doc__)
     try:
+        require_valid(args)
         task = make(args.task)
         prompts = chosen_prompts(task, args)
         model, tokenizer = load_model(args.model).to(args.device), load_tokenizer(args.model)
@@ -86,13 +97,13 @@ def main() -> None:
             f"{args.model} on {len(prompts)} prompts of {args.task}, {'sampled' if args.pairs else 'greedy'}: "
             f"{told['mean']:.3f} right" + ("" if args.pairs else f" [{told['low']:.3f}, {told['high']:.3f}]")
         )
-        if args.json:
-            report = {"model": args.model, "task": args.task, "prompts": len(prompts), "accuracy": told}
-            replace_file(args.json, json.dumps(report, indent=2).encode())
         if args.pairs:
             write_lines(args.pairs, lines)
             print(f"{args.pairs}: {len(lines)} pairs, of the prompts with right and wrong answers")
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+        if args.json:
+            report = {"model": args.model, "task": args.task, "prompts": len(prompts), "accuracy": told}
+            replace_file(args.json, json.dumps(report, indent=2).encode())
+    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
         raise SystemExit(f"error: {error}") from None
 
 

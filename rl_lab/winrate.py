@@ -95,6 +95,11 @@ def require_valid(args: Args) -> None:
         raise ValueError(f"--judge-model and --price belong to an endpoint; --judge {args.judge} is none")
     if args.json and (args.json.suffix != ".json" or not args.json.absolute().parent.is_dir()):
         raise ValueError(f"--json {args.json} must be a .json file in a folder that exists")
+    if args.json:
+        answers = args.json.with_suffix(".jsonl")
+        for given in (args.prompts, args.labels):
+            if given and answers.resolve() == Path(given).resolve():
+                raise ValueError(f"--json {args.json}: the answers beside it would take the place of {given}")
 
 
 def open_judge(args: Args, task: tasks.Task | None) -> Judge:

@@ -114,6 +114,14 @@ def test_a_reward_model_without_a_language_models_head_is_one_still(tiny_model: 
     assert torch.equal(load_model(str(tmp_path / "merged"), num_labels=1).score.weight, model.score.weight)
 
 
+def test_sampled_answers_follow_from_their_seed(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = []
+    for seed in ("1", "1", "2"):
+        main([str(tiny_model), "--prompt", "hi", "--temperature", "1", "--max-new-tokens", "20", "--seed", seed])
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] != said[2]
+
+
 def test_what_cannot_be_done_is_said(tiny_model: Path, tmp_path: Path) -> None:
     tokenizer, model = load_tokenizer(str(tiny_model)), load_model(str(tiny_model), num_labels=1)
     save_model(tmp_path / "scores", model, tokenizer)

@@ -346,6 +346,11 @@ def test_prompts_are_distinct_and_drawn_by_the_seed(
         ({"price": (1.0, 2.0)}, "--judge-model and --price belong to an endpoint"),
         ({"json": Path("report.txt")}, "--json report.txt must be"),
         ({"json": Path("no/such/report.json")}, "--json no/such/report.json must be"),
+        (
+            {"json": Path("a.json"), "prompts": "./a.jsonl"},
+            "--json a.json: the answers beside it would take the place of",
+        ),
+        ({"json": Path("a.json"), "labels": "a.jsonl"}, "--json a.json: the answers beside it would take the place of"),
     ],
 )
 def test_flags_that_cannot_be_are_refused(flags: dict[str, Any], wanted: str) -> None:

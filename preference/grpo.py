@@ -254,13 +254,13 @@ def train(args: Args) -> LanguageRun:
     args.require("holdout", bool(held_out and known), f"shares with prompts in and out, of {len(task.prompts)}")
     held_out, longest = held_out[: args.eval_prompts], args.max_new_tokens or task.max_new_tokens
 
-    model, tokenizer = open_model(args)
-    (generator,) = args.generators(rank)
-    require_room(model, [Tree(encode_prompt(tokenizer, x), ()) for x in task.prompts], f"--model {args.model}", longest)
+    (model, tokenizer), (generator,) = open_model(args), args.generators(rank)
+    asked = [Tree(encode_prompt(tokenizer, x), ()) for x in task.prompts]
+    require_room(model, asked, f"--model {args.model}", longest)
     sample = Sampler(model, tokenizer, task.stop, longest, generator, args.bf16)
     reference = copy.deepcopy(model).requires_grad_(False) if args.beta else None
     before: float | None = None  # training, held-out reward
-    run = LanguageRun(args, "grpo", model, tokenizer, generator, None, lambda: {"before": before}, learned=task.prompts)
+    run = LanguageRun(args, "grpo", model, tokenizer, generator, None, lambda: {"before": before}, learned=asked)
     before = run.saved["more"]["before"] if run.saved else None
 
     def evaluate() -> float:

@@ -22,10 +22,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from rl_lab.endpoint import Endpoint
-from rl_lab.language import Prompt, Tree, encode_prompt, load_model, load_tokenizer, logits, pack
+from rl_lab.language import Prompt, Tree, encode_prompt, is_reward_model, load_model, load_tokenizer, logits, pack
 from rl_lab.preference_data import Example, plain
 from rl_lab.preference_metrics import wilson
-from rl_lab.reward_models import RewardModel, is_reward_model, require_room
+from rl_lab.reward_models import RewardModel, require_room
 from rl_lab.tasks import Reward
 
 QUESTION = """\

@@ -14,8 +14,16 @@ from rich.console import Console
 from rich.progress import track
 
 from rl_lab.generation import Sampler, choose
-from rl_lab.language import Message, Prompt, encode_prompt, load_model, load_tokenizer, locate, save_model
-from rl_lab.reward_models import is_reward_model
+from rl_lab.language import (
+    Message,
+    Prompt,
+    encode_prompt,
+    is_reward_model,
+    load_model,
+    load_tokenizer,
+    locate,
+    save_model,
+)
 
 BATCH = 64  # prompts completed side by side: every token reads all weights once for all of them
 
@@ -51,8 +59,6 @@ def require_sampling(temperature: float, max_new_tokens: int) -> None:
 def open_language_model(name: str, flag: str) -> tuple[Any, Any]:
     """A model that answers, on the GPU if there is one, and its tokenizer. ValueError if there is none of that name."""
     tokenizer = load_tokenizer(name, flag)
-    if is_reward_model(name):
-        raise ValueError(f"{flag} {name}: a reward model, which scores answers and gives none")
     return load_model(name, flag).to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 

@@ -8,6 +8,7 @@ begin with is computed once, and logits only where a completion's token is predi
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import warnings
@@ -101,10 +102,13 @@ def load_model(name: str, flag: str = "--model", num_labels: int = 0, seed: int 
         seed: of the head's weights where the model has no such head yet: N(0, 1 / (d + 1)^2), d its inputs, so small
             that its outputs hardly differ.
     Raises:
-        ValueError: if there is none, or no safetensors file of it, or one without all weights.
+        ValueError: if there is none, or no safetensors file of it, or one without all weights or with one that is not
+            finite, or it is a reward model and no labels are asked for.
     """
     transformers = require("transformers", "preference")
     path = locate(name, flag)
+    if not num_labels and is_reward_model(name, flag):
+        raise ValueError(f"{flag} {name}: a reward model, which scores answers and gives none")
     if (Path(path) / "adapter_config.json").is_file():
         if not (Path(path) / "adapter_model.safetensors").is_file():  # peft would unpickle adapter_model.bin
             raise ValueError(f"{flag} {name}: an adapter without adapter_model.safetensors, which alone is read")
@@ -130,8 +134,23 @@ def load_model(name: str, flag: str = "--model", num_labels: int = 0, seed: int 
         head.normal_(0, 1 / (head.shape[1] + 1), generator=torch.Generator().manual_seed(seed))
     if missing := sorted(set(report["missing_keys"]) - {"score.weight"}):
         raise ValueError(f"{flag} {name}: its files lack {', '.join(missing[:3])}{' ...' if missing[3:] else ''}")
+    if bad := [key for key, p in model.named_parameters() if not p.isfinite().all()]:
+        raise ValueError(f"{flag} {name}: {bad[0]} has numbers that are not finite")
     _require_trees(model.eval(), f"{flag} {name}")
     return model
+
+
+def is_reward_model(name: str, flag: str = "--model") -> bool:
+    """Whether the head that was saved with a model, which must be there, gives scores; `load_model` loads either."""
+    path = locate(name, flag)
+    adapter = Path(path) / "adapter_config.json"
+    if adapter.is_file():
+        return bool(json.loads(adapter.read_text())["task_type"] == "SEQ_CLS")
+    try:
+        config = require("transformers", "preference").AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise _unavailable(name, flag, error) from None
+    return any(kind.endswith("ForSequenceClassification") for kind in config.architectures or [])
 
 
 @torch.no_grad()

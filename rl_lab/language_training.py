@@ -23,6 +23,7 @@ from rl_lab.distributed import ranks, summed, whole
 from rl_lab.language import Tree, add_lora, load_model, load_tokenizer, save_model
 from rl_lab.optim import fast_bf16
 from rl_lab.preference_data import Example, read, select, tokenize
+from rl_lab.reference import digest
 from rl_lab.run import SMALLER, BaseRun
 
 T = TypeVar("T")
@@ -58,6 +59,7 @@ class LanguageArgs(BaseArgs):
     """gradient steps between checkpoints; 0 for the first and last only"""
 
     may_be_zero: ClassVar[set[str]] = {*BaseArgs.may_be_zero, "warmup", "lora_rank"}
+    may_change: ClassVar[set[str]] = {*BaseArgs.may_change, "data", "prompts"}  # a run knows what it learns from
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -180,7 +182,8 @@ class LanguageRun(BaseRun):
         generator: of all that is drawn.
         state: gives what the method has besides, as nested dicts of tensors and JSON values.
         shard: divide the model among the processes, from now on.
-        learned: what is learned from and evaluated on, JSON values and tensors; a resumed run must have the same.
+        learned: what is learned from and evaluated on, JSON values and tensors; a resumed run must have the same, and
+            the same `model` at its start.
 
     Raises:
         ValueError: as `BaseRun`, and if a resumed run is to learn from something else.
@@ -200,12 +203,13 @@ class LanguageRun(BaseRun):
         shard: bool = False,
         learned: Any = None,
     ) -> None:
+        begun = json.dumps([learned, digest(model)], default=torch.Tensor.tolist)
+        self._learned = hashlib.sha256(begun.encode()).hexdigest()
         if shard:
             distributed.shard(model, args.torch_device)
         self.shard = shard
         self.model, self.tokenizer, self.generator, self._more = model, tokenizer, generator, state
         self._evaluation: Any = None  # of the model as it is
-        self._learned = hashlib.sha256(json.dumps(learned, default=torch.Tensor.tolist).encode()).hexdigest()
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
             list(self.trained.values()), args.learning_rate, weight_decay=args.weight_decay, fused=True
@@ -213,7 +217,7 @@ class LanguageRun(BaseRun):
         super().__init__(args, algo, self._state, about)
         if self.saved:
             if self.saved["learned"] != self._learned:
-                told = "its prompts or examples are not those that it began with: put these back, in their order"
+                told = "its model, prompts or examples are not those that it began with: put these back, in their order"
                 raise ValueError(f"--resume {args.resume}: {told}")
             for name, p in self.trained.items():
                 p.data.copy_(self.saved["params"][name])

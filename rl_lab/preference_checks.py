@@ -255,9 +255,13 @@ def prefixes(examples: Sequence[Example], trees: Sequence[Tree], tokenizer: Any)
 
 def too_long(examples: Sequence[Example], trees: Sequence[Tree], most: int) -> Finding:
     """Examples of more than `most` tokens, which training leaves out."""
-    where = [x.where for x, tree in zip(examples, trees, strict=True) if longest(tree) > most]
+    lengths = [  # labelled steps follow each other, completions do not
+        len(tree.prompt) + sum(map(len, tree.branches)) if len(x.labels) > 1 else longest(tree)
+        for x, tree in zip(examples, trees, strict=True)
+    ]
+    where = [x.where for x, length in zip(examples, lengths, strict=True) if length > most]
     level: Level = "error" if len(where) == len(examples) else "warning"
-    text = f"more than {most} tokens; training leaves them out (the longest has {max(map(longest, trees))})"
+    text = f"more than {most} tokens; training leaves them out (the longest has {max(lengths)})"
     return _found("too long", level, where, len(examples), text)
 
 

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from rl_lab import require
-from rl_lab.language import Prompt, Tree, encode_completion, encode_prompt, load_model, load_tokenizer, locate, score
+from rl_lab.language import (
+    Prompt,
+    Tree,
+    encode_completion,
+    encode_prompt,
+    is_reward_model,
+    load_model,
+    load_tokenizer,
+    score,
+)
 
 MICRO_TOKENS = 2048  # computed at once
 
@@ -43,19 +49,6 @@ class RewardModel:
             trees.append(Tree(encode_prompt(self.tokenizer, prompt), branches))
         require_room(self.model, trees, f"{self.flag} {self.name}")
         return [x for scores in score(self.model, trees, MICRO_TOKENS) for x in scores]
-
-
-def is_reward_model(name: str) -> bool:
-    """Whether the head that was saved with a model, which must be there, gives scores; `load_model` loads either."""
-    path = locate(name)
-    adapter = Path(path) / "adapter_config.json"
-    if adapter.is_file():
-        return bool(json.loads(adapter.read_text())["task_type"] == "SEQ_CLS")
-    kinds = (
-        require("transformers", "preference").AutoConfig.from_pretrained(path, trust_remote_code=False).architectures
-        or []
-    )
-    return any(kind.endswith("ForSequenceClassification") for kind in kinds)
 
 
 def require_room(model: Any, trees: Sequence[Tree], name: str, more: int = 0) -> None:

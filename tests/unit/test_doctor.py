@@ -138,6 +138,7 @@ PLANTED: list[tuple[str, str, list[Row], list[Row], list[str]]] = [  # check, le
     ("EOS", "warning", talks(), [talk("Well?", "no", "yes<|im_end|>")], []),
     ("EOS", "warning", texts(), [{"prompt": "So", "chosen": " a<|im_end|>b", "rejected": " b"}], []),
     ("too long", "warning", talks(), [talk("Well?", "no", "y" * 100)], ["--max-tokens", "100"]),
+    ("too long", "warning", steps(), [steps()[1] | {"completions": ["a" * 40, "b" * 40]}], ["--max-tokens", "64"]),
 ]
 
 

@@ -15,7 +15,7 @@ import torch
 
 from rl_lab import checkpoint, reference
 from rl_lab.cli import Stopped, parse
-from rl_lab.language import Tree, encode_completion, encode_prompt, load_model, load_tokenizer, pack
+from rl_lab.language import Tree, encode_completion, encode_prompt, load_model, load_tokenizer, pack, save_model
 from rl_lab.language_training import drawn
 from rl_lab.preference import dpo, kto, reward_model, sft
 from rl_lab.preference.dpo import LOSSES, NEED_KLS, REFERENCE_FREE
@@ -397,10 +397,64 @@ def test_a_run_goes_on_with_what_it_began_with(method: ModuleType, rows: Any, ti
     (run,) = (folder for child in tmp_path.iterdir() if child.is_dir() for folder in child.glob("*__1__*"))
     write(data, [row | {name: row[name] + "a" for name in ("chosen", "completion") if name in row} for row in rows()])
     args = parse(["--resume", str(run)], method.Args)
-    with pytest.raises(ValueError, match=r"--resume .*: its prompts or examples are not those that it began with"):
+    with pytest.raises(
+        ValueError, match=r"--resume .*: its model, prompts or examples are not those that it began with"
+    ):
         method.train(args)
-    write(data, rows())
+    moved = write(tmp_path / "moved.jsonl", rows())
+    args = parse(["--resume", str(run), "--data", str(moved)], method.Args)
     assert method.train(args).iteration == 3
+
+
+def test_an_adapter_goes_on_with_its_model(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    """Guards against weights beneath it that were written anew under the same name, and a reference of these."""
+    changed = tmp_path / "model"
+    shutil.copytree(tiny_model, changed)
+    with pytest.raises(Stopped):
+        trained(dpo, changed, data, steps=3, stop_at=1, lora_rank=2)
+    (run,) = (folder for child in data.parent.iterdir() if child.is_dir() for folder in child.glob("model__dpo__1__*"))
+    model = load_model(str(changed))
+    model.model.embed_tokens.weight.data[5] += 1
+    model.save_pretrained(changed)
+    args = parse(["--resume", str(run)], dpo.Args)
+    with pytest.raises(ValueError, match=r"--resume .*: its model, prompts or examples are not those"):
+        dpo.train(args)
+
+
+def test_adapters_of_all_seeds_share_the_reference(tiny_model: Path, data: Path, computed: list[int]) -> None:
+    """At its start an adapter changes nothing, whatever its random half."""
+    for seed, rank in ((1, 2), (2, 2), (1, 4)):
+        log = scalars(folder(trained(dpo, tiny_model, data, seed=seed, lora_rank=rank)))
+        assert len(computed) == 1 and log["rewards/margin"] == pytest.approx([0.0], abs=1e-6)
+
+
+@pytest.mark.parametrize(("method", "rows"), [(kto, labelled), (sft, pairs), (reward_model, pairs)])
+def test_the_others_compute_in_bfloat16_too(method: ModuleType, rows: Any, tiny_model: Path, tmp_path: Path) -> None:
+    """Guards a flag without effect, and a reference in another precision than the policy."""
+    data = write(tmp_path / "rows.jsonl", rows())
+    runs = [trained(method, tiny_model, data, bf16=bf16) for bf16 in (True, False)]
+    rough, exact = (gradients(run) for run in runs)
+    assert_equal_gradients(rough, exact, 0.1)
+    assert any(not torch.equal(x, exact[name]) for name, x in rough.items())
+    if method is kto:
+        assert scalars(folder(runs[0]))["losses/kl"] == [0.0]
+
+
+def test_a_reward_model_is_no_start(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    """Guards against a policy from the body of one, whose head is left aside."""
+    scores = tmp_path / "scores"
+    save_model(scores, load_model(str(tiny_model), num_labels=1), load_tokenizer(str(tiny_model)))
+    with pytest.raises(ValueError, match=f"--model {scores}: a reward model, which scores answers and gives none"):
+        trained(dpo, scores, data)
+
+
+def test_a_weight_that_is_no_number_is_refused(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    """Before a run folder is made, and also one that the first batch does not meet."""
+    model = load_model(str(tiny_model))
+    model.model.embed_tokens.weight.data[77, 0] = math.nan
+    save_model(tmp_path / "torn", model, load_tokenizer(str(tiny_model)))
+    with pytest.raises(ValueError, match=r"--model .*torn: model.embed_tokens.weight has numbers that are not finite"):
+        trained(dpo, tmp_path / "torn", data)
 
 
 def test_pairs_that_are_too_long_are_left_out_whole(

@@ -170,7 +170,7 @@ class RunArgs(BaseArgs):
             num_envs, num_steps: of one seed's rollout.
             hidden: numbers in the networks' hidden layers for one observation; images have the Nature CNN's.
         """
-        rows = [env.reset(), torch.as_tensor(np.array(env.action_space.sample())).unsqueeze(0)]
+        rows = [env.reset(), torch.as_tensor(np.array(env.action_space.sample()), device=env.device).unsqueeze(0)]
         if (mask := env.action_mask) is not None:
             allowed = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -math.inf)
             rows[1], _ = sample({"logits": allowed}, None, Actions.of(env.action_space))
@@ -314,10 +314,11 @@ def _parse(argv: Sequence[str], args_type: type[BaseArgs], default: Any) -> Base
 
 
 def _given(argv: Sequence[str], flag: str) -> str | None:
-    """The value of `flag` on a command line, before it is parsed."""
+    """The last value of `flag` on a command line, which counts, before it is parsed."""
+    found = None
     for word, value in zip(argv, [*argv[1:], None], strict=False):  # an empty line has no words, but the None
         if word == flag:
-            return value
+            found = value
         if word.startswith(flag + "="):
-            return word.removeprefix(flag + "=")
-    return None
+            found = word.removeprefix(flag + "=")
+    return found

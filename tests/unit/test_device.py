@@ -61,6 +61,22 @@ def test_ppo_stays_on_its_device(env_id: str) -> None:
     assert {x.device.type for x in pytree.tree_leaves(results)} == {"meta"}
 
 
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1", "MiniGrid-DoorKey-5x5-v0"])
+def test_the_room_is_judged_on_its_device(env_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the sample of a step that comes before the first rollout."""
+    needed: list[int] = []
+    monkeypatch.setattr("rl_lab.cli.require_memory", lambda num_envs, num_seeds, size, device: needed.append(size))
+    for device in ("cpu", "meta"):
+        env = make(env_id, (1,), 1)
+        env.reset()
+        env.device = torch.device(device)
+        assert isinstance(env, TensorEnv)
+        env.state = pytree.tree_map(partial(torch.Tensor.to, device=device), env.state)
+        monkeypatch.setattr(env, "reset", partial(env.observe, env.state["physics"]))
+        ppo.Args().require_room(env, NUM_ENVS, NUM_STEPS, 64)
+    assert len(needed) == 2 and needed[0] == needed[1] > 0
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
 def test_captured_training_equals_eager(env_id: str, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributions import Categorical, Independent, Normal
 from torch.func import vmap
 
+from rl_lab import cli
 from rl_lab.algorithms import ppo
 from rl_lab.algorithms.ppo import Args
 from rl_lab.distributions import Actions, draw_noise, logprob_and_entropy
@@ -512,6 +513,12 @@ def test_defaults_follow_the_action_space() -> None:
     assert (box.learning_rate, box.ent_coef, box.normalize, box.total_timesteps) == (3e-4, 0.0, True, 1_000_000)
     assert (discrete.env, discrete.num_envs, discrete.num_steps, discrete.num_minibatches) == ("Acrobot-v1", 4, 128, 4)
     assert (discrete.learning_rate, discrete.ent_coef, discrete.normalize) == (2.5e-4, 0.01, False)
+
+
+def test_a_flag_given_twice_counts_once() -> None:
+    """Guards against one task with another's settings, as of make ppo ARGS="--env CartPole-v1"."""
+    for words in (["--env", "Pendulum-v1", "--env", "CartPole-v1"], ["--env=Pendulum-v1", "--env=CartPole-v1"]):
+        assert cli.parse(words, Args, ppo.defaults) == cli.parse(["--env", "CartPole-v1"], Args, ppo.defaults)
 
 
 def test_defaults_of_images() -> None:

@@ -31,7 +31,9 @@ class Replayable(gym.Wrapper[Any, Any, Any, Any]):
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         self.actions.append(np.array(action))
-        return self.env.step(action)
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        obs = obs.copy() if isinstance(obs, np.ndarray) else obs  # a reset may write into the same array
+        return obs, float(reward), terminated, truncated, info
 
     def replay(self, start: Any, actions: np.ndarray) -> tuple[Any, dict[str, Any]]:
         """Return the observation and info that the episode had reached."""

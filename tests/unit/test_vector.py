@@ -43,6 +43,21 @@ class Counting(gym.Env[np.ndarray, np.int64]):
         return self.state.copy(), 10 * t + action, bool(t == planned), False, {}
 
 
+class Reusing(Counting):
+    """Returns one array always, into which a reset writes."""
+
+    def reset(self, **given: Any) -> tuple[np.ndarray, dict]:
+        state = getattr(self, "state", None)
+        new, info = super().reset(**given)
+        if state is not None:
+            state[:] = new
+            self.state = state
+        return self.state, info
+
+    def step(self, action: np.int64) -> tuple[np.ndarray, float, bool, bool, dict]:
+        return (self.state, *super().step(action)[1:])
+
+
 class TensorCounting(TensorEnv):
     observation_space, action_space = COUNT_SPACE, Counting.action_space
     max_episode_steps, reset_draws = LIMIT, 2
@@ -71,8 +86,9 @@ def counting_vector(mode: AutoresetMode, copy: bool) -> MakeEnv:
 @pytest.fixture(scope="module", autouse=True)
 def registered() -> Iterator[None]:
     gym.register("Counting-v0", Counting, max_episode_steps=LIMIT)
+    gym.register("Reusing-v0", Reusing, max_episode_steps=LIMIT)
     yield
-    del gym.registry["Counting-v0"]
+    del gym.registry["Counting-v0"], gym.registry["Reusing-v0"]
 
 
 def by_id(env_id: str, backend: str = "auto") -> MakeEnv:
@@ -81,6 +97,7 @@ def by_id(env_id: str, backend: str = "auto") -> MakeEnv:
 
 COUNTERS: dict[str, MakeEnv] = {
     "from an id": by_id("Counting-v0"),
+    "from an id of one array": by_id("Reusing-v0"),
     "SAME_STEP": counting_vector(AutoresetMode.SAME_STEP, copy=True),
     "SAME_STEP without copies": counting_vector(AutoresetMode.SAME_STEP, copy=False),
     "DISABLED": counting_vector(AutoresetMode.DISABLED, copy=True),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,8 +24,37 @@ from rl_lab.log import Progress, RunLog, rate
 from rl_lab.rollout import merge_seeds, split_seeds
 from rl_lab.vector import VectorEnv
 
+try:
+    import fcntl
+except ImportError:  # on Windows nothing keeps two processes apart
+    fcntl = None  # type: ignore[assignment]
+
 FLUSH_EVERY = 10.0  # seconds, for whoever watches TensorBoard
 SMALLER = "a smaller learning rate is the usual cure"
+_held: dict[Path, int] = {}  # folders of this process's runs, and the open files that keep other processes off
+
+
+def hold(folder: Path) -> None:
+    """Keep other processes from training a run until `let_go`, or the end of this one.
+
+    Raises:
+        ValueError: if another process trains it.
+    """
+    if fcntl is None or folder in _held:
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ValueError(f"another process is training {folder}: wait for it, or stop it") from None
+    _held[folder] = descriptor
+
+
+def let_go(folder: Path) -> None:
+    """Undo `hold`."""
+    if folder in _held:
+        os.close(_held.pop(folder))
 
 
 class BaseRun:
@@ -39,8 +70,8 @@ class BaseRun:
     constructor returns.
 
     Raises:
-        ValueError: if `args.runs_dir` cannot be written, `args.resume` has no good checkpoint of its own, or is to be
-            prolonged though it has reached --until-return.
+        ValueError: if `args.runs_dir` cannot be written, `args.resume` has no good checkpoint of its own, is trained by
+            another process, or is to be prolonged though it has reached --until-return.
     """
 
     def __init__(
@@ -55,6 +86,7 @@ class BaseRun:
             config = {"total_timesteps": args.total_steps, "args": flags, **(about or {})}
             try:
                 self.logs = RunLog.create(args.runs_dir, args.name, algo, args.seeds, config)
+                hold(self.logs.checkpoint_folder)
                 for index in range(len(args.seeds)):
                     rows = "\n".join(f"|{name}|{value}|" for name, value in flags.items())
                     self.logs.text(index, "hyperparameters", f"|param|value|\n|-|-|\n{rows}")
@@ -63,6 +95,7 @@ class BaseRun:
                 raise ValueError(f"--runs-dir {args.runs_dir}: {error}; name a folder with room to write") from None
         else:
             self.logs = RunLog.open(args.resume)
+            hold(self.logs.checkpoint_folder)
             loaded = checkpoint.load(self.logs.checkpoint_folder, to_go_on=True)
             progress = loaded.get("run", {})
             if progress.get("group") != self.logs.config["group"]:
@@ -125,6 +158,7 @@ class BaseRun:
             raise self._refused(error) from None
         finally:
             self.progress.close()
+            let_go(self.logs.checkpoint_folder)
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 

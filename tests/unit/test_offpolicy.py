@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -90,6 +92,35 @@ def test_a_replay_that_moved_is_found_where_it_is_said(tmp_path: Path) -> None:
     resumed = dqn.train(args).state()  # type: ignore
     for name, p in whole["params"].items():
         assert torch.equal(p, resumed["params"][name]), name
+
+
+def test_two_processes_do_not_train_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against logs that one cuts while the other writes them. The first keeps it, until it ends."""
+    folder, added, seen = stopped(dqn, tmp_path), Replay.add, list[bool]()
+
+    def free() -> bool:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with pytest.raises(
+                ValueError, match=r"another process is training .*__dqn__1__\d+: wait for it, or stop it"
+            ):
+                dqn.train(settings(dqn, tmp_path, resume=folder))
+            return True
+        except BlockingIOError:
+            return False
+        finally:
+            os.close(descriptor)
+
+    def tried(*given: Any) -> None:
+        seen.append(free())
+        added(*given)
+
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    assert free() and {path: path.read_bytes() for path in folder.iterdir()} == before
+    monkeypatch.setattr(Replay, "add", tried)
+    dqn.train(settings(dqn, tmp_path, resume=folder))
+    assert seen and not any(seen) and free()
 
 
 def test_a_file_that_is_missing_is_not_made_anew(tmp_path: Path) -> None:

@@ -84,6 +84,8 @@ def episode(act: Callable[..., Any], env_id: str, seed: int) -> tuple[Shots, flo
         hint = "; without a display MuJoCo draws with MUJOCO_GL=egl (libegl1) or osmesa (libosmesa6)"
         hint = "" if isinstance(error, gym.error.Error) else hint
         raise ValueError(f"--video: {env_id} cannot be drawn here: {error}{hint}") from error
+    if not isinstance(env.observation_space, gym.spaces.Box):
+        raise ValueError(f"--video: Gymnasium's {env_id} cannot be played by it: it observes {env.observation_space}")
 
     def shots() -> Shots:
         (obs, info), total, done = start, 0.0, False

@@ -139,6 +139,8 @@ def test_no_reference_and_published_figures(tmp_path: Path, capsys: pytest.Captu
 def test_the_severest_of_several_comparisons_is_the_exit_code(tmp_path: Path, reference: str) -> None:
     good, unknown = runs(tmp_path / "a", 480), runs(tmp_path / "b", 480, 2, env="NoSuchTask-v0")
     assert main([*good, *unknown, "--reference", reference]) == 3
+    informative = runs(tmp_path / "d", -190, 2, env="MountainCar-v0")
+    assert main(informative) == 2 and main([*informative, *unknown]) == 3
     for seed in range(101, 106):
         log = gzip.compress(csv_bytes(*episodes(700, seed)))
         (Path(reference) / f"ppo__Acrobot-v1__{seed}.csv.gz").write_bytes(log)

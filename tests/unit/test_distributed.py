@@ -12,6 +12,7 @@ import gymnasium as gym
 import pytest
 import torch
 
+from rl_lab import distributed
 from rl_lab.algorithms import ppo
 from rl_lab.algorithms.ppo import Args
 from rl_lab.distributions import Actions
@@ -97,6 +98,19 @@ def test_steps_and_episodes_of_all_ranks_are_logged(run: Path) -> None:
     steps, lengths = ([int(row[name]) for row in rows] for name in ("global_step", "episodic_length"))
     assert 1000 < steps[-1] <= 1024 and steps == sorted(steps)
     assert 1024 - 4 * 100 < sum(lengths) <= 1024  # but for four unfinished episodes, every step belongs to one
+
+
+def test_rows_of_a_seed_stay_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against episodes in another seed's folder: two seeds of two environments, on two ranks."""
+    column = torch.arange(4.0).unsqueeze(0)
+
+    def both(parts: list[torch.Tensor], mine: torch.Tensor) -> None:
+        for i, part in enumerate(parts):
+            part.copy_(mine + 100 * i)
+
+    monkeypatch.setattr(distributed, "ranks", lambda: (0, 2))
+    monkeypatch.setattr(distributed.dist, "all_gather", both)
+    assert distributed.gathered({"x": column}, 2)["x"].tolist() == [[0, 1, 100, 101, 2, 3, 102, 103]]
 
 
 @pytest.mark.parametrize(

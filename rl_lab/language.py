@@ -145,7 +145,7 @@ def is_reward_model(name: str, flag: str = "--model") -> bool:
     path = locate(name, flag)
     adapter = Path(path) / "adapter_config.json"
     if adapter.is_file():
-        return bool(json.loads(adapter.read_text())["task_type"] == "SEQ_CLS")
+        return bool(json.loads(adapter.read_text()).get("task_type") == "SEQ_CLS")
     try:
         config = require("transformers", "preference").AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:

@@ -80,8 +80,9 @@ def case(request: pytest.FixtureRequest) -> Case:
 def assert_digests(tensors: Params, expected: dict[str, list[float]]) -> None:
     digests = {name: peers.digest(name, x.numpy()) for name, x in tensors.items()}
     assert digests.keys() == expected.keys()
-    for name, numbers in expected.items():
-        np.testing.assert_allclose(digests[name], numbers, rtol=1e-6, atol=1e-6, err_msg=name)
+    for name, numbers in expected.items():  # sums over a tensor: one near zero is as rounded as the largest
+        atol = 1e-6 * max(1.0, *map(abs, numbers))
+        np.testing.assert_allclose(digests[name], numbers, rtol=1e-6, atol=atol, err_msg=name)
 
 
 def test_normalised_stream_equals_gymnasium_wrappers() -> None:

@@ -244,7 +244,7 @@ def train(args: Args) -> Run:
 
     for iteration in run.iterations(args.num_iterations, args.log_every):
         env_step, rollouts, metrics = iteration * args.log_every, [], dict[str, Tensor]()
-        exploration = draw(args.log_every // args.num_envs, args.num_envs).transpose(0, 1).flatten(1, 2)
+        exploration = draw(args.log_every // args.num_envs, args.num_envs).transpose(0, 1).flatten(1, 2).contiguous()
         points = iter(draw_uniform((args.log_every // args.train_frequency, args.batch_size), generators))
         for noise in exploration.split(args.rows_per_cycle):
             random = torch.full((args.num_seeds,), env_step < args.learning_starts, device=env.device)

@@ -151,9 +151,9 @@ class Replay:
             spec = {name: ((x[0][1:], x[1]) if name == "obs" else x) for name, x in spec.items() if name != "next_obs"}
         self.spec, self.folder = spec, folder
         self.ends: dict[int, dict[int, Tensor]] = {}  # row -> place in it -> last frame of an episode that ended
-        if folder and 0 < len(lost := [p for name in spec if not (p := folder / f"replay.{name}").exists()]) < len(
-            spec
-        ):
+        paths = [folder / f"replay.{name}" for name in spec] if folder else []
+        lost = [path for path in paths if not path.exists()]
+        if 0 < len(lost) < len(paths):
             raise ValueError(f"{lost[0]} is missing beside the others: put it back")
         self._check_room(capacity)
         self._files: list[np.memmap[Any, Any]] = []

@@ -48,6 +48,9 @@ def hold(folder: Path) -> None:
     except BlockingIOError:
         os.close(descriptor)
         raise ValueError(f"another process is training {folder}: wait for it, or stop it") from None
+    except OSError:  # a file system without locks
+        os.close(descriptor)
+        return
     _held[folder] = descriptor
 
 

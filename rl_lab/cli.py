@@ -141,7 +141,7 @@ class RunArgs(BaseArgs):
     """implementation of the environment: auto takes the native batched one where there is one, mujoco-warp simulates
     MuJoCo's on the device"""
     compile: bool = True
-    """compile with AOTInductor; --no-compile is for debugging"""
+    """compile with AOTInductor, on a GPU capture CUDA graphs; --no-compile is for debugging"""
     env_threads: int = 1
     """CPU threads that step native MuJoCo environments"""
     sticky_actions: float = 0.0

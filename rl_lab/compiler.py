@@ -1,12 +1,12 @@
-"""Ahead-of-time compilation of pure functions of tensors, cached on disk, and the loop that compiles with them.
+"""Pure functions of tensors, compiled ahead of time and cached on disk, or on a GPU captured; and the loop within them.
 
-`Compiled(function, key)` traces `function` to one graph at its first call, compiles that with AOTInductor and keeps
-the shared library in the cache folder, so that the next process loads it in milliseconds instead of tracing and
+On a CPU `Compiled(function, key)` traces `function` to one graph at its first call, compiles that with AOTInductor and
+keeps the shared library in the cache folder, so that the next process loads it in milliseconds instead of tracing and
 compiling for half a minute. The price is that a graph is exact for shapes, dtypes and everything `function` closes
 over: shapes and dtypes are read off the arguments, the rest must be named in `key`.
 
-On a CUDA device the loaded graph is captured as a CUDA graph at its first call, its loops unrolled: each call is then
-one launch, whatever the number of kernels, and waits for nothing.
+On a CUDA device nothing is compiled: the function's own kernels are captured as a CUDA graph at its first call, its
+loops unrolled, and each call is then one launch, whatever their number, and waits for nothing.
 
 The cache folder is `$RL_LAB_CACHE`, else `~/.cache/rl_lab`; its libraries are code, as every compiler's cache is:
 keep it as private as the checkout.
@@ -125,17 +125,21 @@ class Compiled:
 
     def __call__(self, *args: Any) -> Any:
         """Trees in, a tree of new tensors out. Shapes, dtypes and devices must be those of the first call."""
-        given = tuple(args[i] for i in self.donate)
-        if not self.enabled:
-            with torch.no_grad():  # dense memory of their own, as the compiled graph's; kernels round by alignment
-                results = pytree.tree_map(_dense, self.function(*args))
-                if given:
-                    _donate(given, results)
-            return (*given, *results[len(given) :]) if given else results
-        leaves = leaves_of(args)
-        run, shape = self._graph or self._build(leaves, pytree.tree_structure(args))
-        results = _unflatten(shape, run(leaves))
-        return (*given, *results) if given else results
+        if self.enabled:
+            leaves = leaves_of(args)
+            run, shape = self._graph or self._build(leaves, pytree.tree_structure(args))
+            results = _unflatten(shape, run(leaves))
+        else:
+            results = self._eagerly(args)
+        return (*(args[i] for i in self.donate), *results) if self.donate else results
+
+    def _eagerly(self, args: Sequence[Any]) -> Any:
+        """The results without those that were donated memory."""
+        with torch.no_grad():  # dense memory of their own, as the compiled graph's; kernels round by alignment
+            results = pytree.tree_map(_dense, self.function(*args))
+            if self.donate:
+                _donate(tuple(args[i] for i in self.donate), results)
+        return results[len(self.donate) :] if self.donate else results
 
     def on_leaves(self, *args: Any) -> Callable[[list[Tensor]], list[Tensor]]:
         """The same from a list of leaves to a list of leaves, for arguments like `args`.
@@ -150,15 +154,18 @@ class Compiled:
         return lambda leaves: pytree.tree_leaves(self(*pytree.tree_unflatten(leaves, treespec)))
 
     def _build(self, leaves: list[Tensor], treespec: pytree.TreeSpec) -> tuple[Any, Any]:
-        signature = [(tuple(x.shape), x.stride(), str(x.dtype), str(x.device)) for x in leaves]
-        described = (self.key, self.donate, str(treespec), signature, _toolchain())
-        folder = cache_folder() / hashlib.sha256(repr(described).encode()).hexdigest()[:32]
         sizes = [len(pytree.tree_leaves(x)) for x in pytree.tree_unflatten(leaves, treespec)]
         ends = list(itertools.accumulate(sizes))
         donated, fixed = (
             {leaf for i in numbers for leaf in range(ends[i] - sizes[i], ends[i])}
             for numbers in (self.donate, self.in_place)
         )
+        if leaves[0].is_cuda:
+            self._graph = _captured(lambda x: self._eagerly(pytree.tree_unflatten(x, treespec)), leaves, donated, fixed)
+            return self._graph
+        signature = [(tuple(x.shape), x.stride(), str(x.dtype), str(x.device)) for x in leaves]
+        described = (self.key, self.donate, str(treespec), signature, _toolchain())
+        folder = cache_folder() / hashlib.sha256(repr(described).encode()).hexdigest()[:32]
 
         def build() -> None:  # of clones, as two arguments may be one tensor today and two tomorrow
             apart = [x if i in fixed else x.clone() for i, x in enumerate(leaves)]
@@ -173,8 +180,6 @@ class Compiled:
             shutil.rmtree(folder)
             build()
             self._graph = _load(folder)
-        if leaves[0].is_cuda:
-            self._graph = _captured(self._graph[0], leaves, donated, fixed), self._graph[1]
         return self._graph
 
 
@@ -186,18 +191,22 @@ def cache_folder() -> Path:
 def _load(folder: Path) -> tuple[Any, Any]:
     """The graph as a function of its leaves, and the tree it returns, with the leaves' numbers for leaves."""
     outspec = pytree.treespec_loads(json.loads((folder / "tree.json").read_text()))
-    shape = pytree.tree_unflatten(range(outspec.num_leaves), outspec)
-    # Its locks around a call, which one thread does without, cannot be captured.
     package = torch._inductor.aoti_load_package(str(folder / "graph.pt2"), run_single_threaded=True)
-    return package.loader.run, shape
+    return package.loader.run, _numbered(outspec)
+
+
+def _numbered(spec: pytree.TreeSpec) -> Any:
+    """The tree with its leaves' numbers for leaves."""
+    return pytree.tree_unflatten(range(spec.num_leaves), spec)
 
 
 def _captured(
-    run: Callable[[list[Tensor]], list[Tensor]], leaves: list[Tensor], donated: set[int], fixed: set[int]
-) -> Callable[[list[Tensor]], list[Tensor]]:
-    """`run` as a CUDA graph, which works on tensors of its own; for `donated` ones on those of the first call.
+    run: Callable[[list[Tensor]], Any], leaves: list[Tensor], donated: set[int], fixed: set[int]
+) -> tuple[Callable[[list[Tensor]], list[Tensor]], Any]:
+    """`run` as a CUDA graph, and its results' tree as of `_load`.
 
-    Of `fixed` ones, which it only reads, there must be no others at any call.
+    The graph works on tensors of its own, for `donated` ones on those of the first call, and of `fixed` ones, which it
+    only reads, there must be no others at any call.
     """
     static = [x if i in donated | fixed else x.clone() for i, x in enumerate(leaves)]
     given = [(x, x.clone()) for i, x in enumerate(static) if i not in fixed]
@@ -210,7 +219,7 @@ def _captured(
         x.copy_(before)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        results = run(static)
+        results, spec = pytree.tree_flatten(run(static))
 
     def replay(leaves: list[Tensor]) -> list[Tensor]:
         foreign = [i for i, x in enumerate(leaves) if x is not static[i]]
@@ -222,7 +231,7 @@ def _captured(
             leaves[i].copy_(static[i])
         return [x.clone() for x in results]
 
-    return replay
+    return replay, _numbered(spec)
 
 
 # The same as torch's `pytree` for trees of dicts, lists and tuples, at a fifth of the time, which small calls feel.
@@ -324,6 +333,5 @@ def _toolchain() -> tuple[str, ...]:
             sources.update(path.read_bytes())
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     flags = {line for line in cpuinfo.splitlines() if line.startswith(("flags", "Features"))}
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     versions = torch.__version__, version("gymnasium")  # whose constants classic control takes
-    return sources.hexdigest(), *versions, repr(sorted(flags)), gpu, str(torch.get_num_threads())
+    return sources.hexdigest(), *versions, repr(sorted(flags)), str(torch.get_num_threads())

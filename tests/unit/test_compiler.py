@@ -261,7 +261,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
 def test_a_capture_keeps_the_caller_s_memory(recorder: Recorder) -> None:
     """The bookkeeping around a capture."""
     a, b = torch.tensor([1.0, 2.0]), torch.tensor([10.0, 20.0])
-    captured = compiler._captured(recorder, [a, b], {0}, set())
+    captured, _ = compiler._captured(recorder, [a, b], {0}, set())
     assert a.tolist() == [1.0, 2.0]  # the warm-up left nothing behind
     (first,) = captured([a, b])
     assert (a.tolist(), b.tolist(), first.tolist()) == ([12.0, 24.0], [10.0, 20.0], [10.0, 40.0])
@@ -275,7 +275,7 @@ def test_a_capture_keeps_the_caller_s_memory(recorder: Recorder) -> None:
 def test_a_capture_reads_in_place(recorder: Recorder) -> None:
     """Guards against a replay that is held twice and copied at each sample, and against one that is read no more."""
     a, b = torch.tensor([1.0, 2.0]), torch.tensor([10.0, 20.0])
-    captured = compiler._captured(recorder, [a, b], {0}, {1})
+    captured, _ = compiler._captured(recorder, [a, b], {0}, {1})
     assert recorder.leaves[1] is b
     b.fill_(3.0)  # written to between two calls
     (result,) = captured([a, b])

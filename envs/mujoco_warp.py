@@ -66,7 +66,7 @@ class MujocoWarpEnv(VectorEnv):
         if mj.opt.solver == mujoco.mjtSolver.mjSOL_PGS:
             mj.opt.solver = mujoco.mjtSolver.mjSOL_NEWTON
         wp.init()
-        self._warp = wp.device_from_torch(self.device)
+        self._warp = wp.get_device(str(self.device))  # "cuda" has no number yet, which `device_from_torch` wants
         with wp.ScopedDevice(self._warp):
             self.model = mjw.put_model(mj)
             self.model.callback.contactfilter = align_with_capsules

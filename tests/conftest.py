@@ -14,6 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # for subprocesses; this one has torch loaded already
     os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs the network
+    if config.option.markexpr != "cuda":  # else `--device auto` would take a GPU where numbers are compared bit for bit
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(1)
     os.environ.setdefault("AOTI_RUNTIME_CHECK_INPUTS", "1")  # compiled graphs check shapes and strides, here only
     # What a test compiles, the later ones load, and so does the next session (`pytest --cache-clear` starts anew).
@@ -24,7 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("cuda") and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
+        pytest.skip("needs a CUDA device, and `pytest -m cuda`")
 
 
 @pytest.fixture(scope="session")

@@ -52,9 +52,14 @@ def over_seeds(function: Callable[..., Any], images: bool) -> Callable[..., Any]
     def one_by_one(*args: Any) -> Any:
         seeds = range(len(pytree.tree_leaves(args)[0]))
         results = [function(*pytree.tree_map(lambda x, s=s: x[s], args)) for s in seeds]
-        return pytree.tree_map(lambda *x: torch.stack(x), *results)
+        return pytree.tree_map(_stacked, *results)
 
     return one_by_one
+
+
+def _stacked(*xs: Tensor) -> Tensor:
+    """In dense memory: torch 2.13 traces a loop's body twice, and gives a stack of transposed gradients two layouts."""
+    return torch.stack([x.clone(memory_format=torch.contiguous_format) for x in xs])
 
 
 def merge_seeds(tree: Any) -> Any:

@@ -1,4 +1,4 @@
-"""DQN, C51 and Rainbow on images, and every algorithm's seeds there; each test names the bug it guards.
+"""DQN, C51 and Rainbow on images, and every algorithm's seeds and graphs there; each test names the bug it guards.
 
 Parity with CleanRL is in tests/parity.
 """
@@ -248,6 +248,19 @@ def test_a_seed_beside_another_is_that_seed_alone(
     for name, x in both["opt"]["first"].items():  # a tenth of the last gradient, and what is left of the others
         assert alone["opt"]["first"][name].norm() > 0 and not torch.allclose(x[:1], x[1:])
         torch.testing.assert_close(x[1:], alone["opt"]["first"][name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("algorithm", [ppo, ppo_lstm], ids=["ppo", "ppo_lstm"])
+@pytest.mark.slow
+def test_compiled_training_equals_eager(algorithm: ModuleType, tmp_path: Path) -> None:
+    """Guards what users run: of images a loop's body did not compile while every function in it passed its tests."""
+    pytest.importorskip("ale_py", reason="Atari needs ale_py")
+    args = replace(algorithm.defaults("BreakoutNoFrameskip-v4"), **SHORT, bf16=False)
+    eager, compiled = (
+        algorithm.train(replace(args, compile=compile, runs_dir=tmp_path / str(compile))).state()["params"]
+        for compile in (False, True)
+    )
+    torch.testing.assert_close(compiled, eager, rtol=0, atol=1e-5)
 
 
 DEFAULTS = {  # of CleanRL's dqn_atari.py, c51_atari.py and rainbow_atari.py

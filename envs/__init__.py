@@ -49,7 +49,7 @@ def make(
             over, unless the backend is "mujoco-warp".
         backend: "native" is this package's batched implementation, "gymnasium" the original, "auto" the native one
             where there is one; "mujoco-warp" simulates MuJoCo's environments on the device, in float32.
-        num_threads: threads that share the rows of a native MuJoCo environment.
+        num_threads: threads that share the rows of a native MuJoCo environment, processes that share a native Atari's.
         sticky_actions: probability that a native Atari game repeats the frame before's action.
     Raises:
         ValueError: if an argument is unusable, the id unknown or a package missing; it says what would work.
@@ -81,10 +81,10 @@ def make(
 
             return MujocoWarpEnv(env_id, seeds, num_envs, device)
         if backend in ("auto", "native"):
-            if atari and num_threads == 1:
+            if atari:
                 from rl_lab.envs.atari import AtariEnv  # here, so that the others need neither ale_py nor cv2
 
-                return AtariEnv(env_id, seeds, num_envs, device, sticky_actions)
+                return AtariEnv(env_id, seeds, num_envs, device, sticky_actions, num_threads)
             if env_id in NATIVE and num_threads == 1:
                 return NATIVE[env_id](seeds, num_envs, device)
             from rl_lab.envs.mujoco import MujocoEnv  # here, so that the others do not need mujoco
@@ -97,7 +97,7 @@ def make(
                 raise ValueError(f"backend='native' has no {env_id}; it has {known} and Atari's, as PongNoFrameskip-v4")
         if num_threads != 1:
             raise ValueError(
-                f"num_threads={num_threads}: only native MuJoCo environments step on threads; 1 is the rest's"
+                f"num_threads={num_threads}: only native MuJoCo and Atari environments share rows; 1 is the rest's"
             )
         return GymnasiumEnv(env_id, seeds, num_envs, device)
     except (gym.error.Error, ImportError) as error:

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
+import itertools
+import multiprocessing
+import signal
+import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +18,7 @@ import cv2
 import gymnasium as gym
 import numpy as np
 import torch
+import torch.utils._pytree as pytree
 from ale_py import roms
 from torch import Tensor
 
@@ -115,23 +123,89 @@ class Game:
     def state_dict(self) -> dict[str, Any]:
         emulator = self.ale.cloneState(include_rng=True).serialize()
         return {
-            "emulator": torch.frombuffer(bytearray(emulator), dtype=torch.uint8),
-            "screens": torch.from_numpy(self.screens.copy()),
+            "emulator": np.frombuffer(emulator, np.uint8).copy(),
+            "screens": self.screens.copy(),
             "totals": [self.score, self.steps],
             "held": self.held,
             "generator": self.rng.bit_generator.state,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.ale.restoreState(ale_py.ALEState(state["emulator"].cpu().numpy().tobytes()))
-        self.screens[:] = state["screens"].cpu().numpy()
+        self.ale.restoreState(ale_py.ALEState(state["emulator"].tobytes()))
+        self.screens[:] = state["screens"]
         (self.score, self.steps), self.held = state["totals"], state["held"]
         self.rng.bit_generator.state = state["generator"]
         self.lives, self.over = self.ale.lives(), self.ale.game_over()
 
 
+class Games:
+    """Some games, one after the other; its methods return one entry for each."""
+
+    def __init__(self, rom: Path, rows: Sequence[tuple[int, int]], sticky_actions: float) -> None:
+        ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
+        self.games = [Game(rom, np.random.default_rng(row), sticky_actions) for row in rows]
+
+    def num_actions(self) -> int:
+        """Actions that the game knows."""
+        return len(self.games[0].actions)
+
+    def reset(self) -> np.ndarray:
+        """The first frames of new games."""
+        for game in self.games:
+            game.over = True
+        return np.stack([game.begin() for game in self.games])
+
+    def step(self, actions: Sequence[int]) -> tuple[np.ndarray, ...]:
+        """Unclipped rewards, terminated, truncated, frames; the running games' scores, steps and whether they are over;
+        and the next life's first frames where one has ended, the same frames elsewhere."""
+        rows = []
+        for game, action in zip(self.games, actions, strict=True):
+            reward, terminated, truncated, frame = game.step(action)
+            totals = game.score, game.steps, game.over
+            first = game.begin() if terminated or truncated else frame
+            rows.append((reward, terminated, truncated, frame, *totals, first))
+        return tuple(np.array(column) for column in zip(*rows, strict=True))
+
+    def render(self) -> list[np.ndarray]:
+        """What the games show, in their own colours."""
+        return [game.seen for game in self.games]
+
+    def state_dicts(self) -> list[dict[str, Any]]:
+        return [game.state_dict() for game in self.games]
+
+    def load_state_dicts(self, states: Sequence[dict[str, Any]]) -> None:
+        for game, state in zip(self.games, states, strict=True):
+            game.load_state_dict(state)
+
+
+def _start(*arguments: Any) -> Connection:
+    """The line to a new process with `Games(*arguments)`."""
+    context = multiprocessing.get_context("forkserver")  # a fork of this process would inherit its threads' locks
+    context.set_forkserver_preload([__name__])
+    here, there = context.Pipe()
+    context.Process(target=_serve, args=(there, *arguments), daemon=True).start()
+    there.close()  # or its end would not be seen
+    return here
+
+
+def _close(connections: Sequence[Connection]) -> None:
+    for connection in connections:
+        connection.close()
+
+
+def _serve(connection: Connection, *arguments: Any) -> None:
+    """Answer calls of `Games` until the other end is closed."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group, for the trainer to save and end by
+        signal.signal(number, signal.SIG_IGN)
+    games = Games(*arguments)
+    with suppress(EOFError, ConnectionError):
+        while True:
+            method, args = connection.recv()
+            connection.send(getattr(games, method)(*args))
+
+
 class AtariEnv(VectorEnv):
-    """B games, one after the other: ale_py holds Python's lock while it emulates, so threads would not help.
+    """B games, one after the other, or shared out to processes: ale_py holds Python's lock while it emulates.
 
     Observations are the last four frames, the newest last, all the first one where a life begins (detail 20); rewards
     are signs (detail 19). A lost life terminates, the time limit truncates. `episode_returns` and `episode_lengths`
@@ -149,6 +223,7 @@ class AtariEnv(VectorEnv):
         num_envs: int,
         device: torch.device | str = "cpu",
         sticky_actions: float = 0.0,
+        num_processes: int = 1,
     ) -> None:
         """Build the games; `reset` starts them.
 
@@ -158,8 +233,9 @@ class AtariEnv(VectorEnv):
             device: where the tensors live; the games run on the CPU.
             sticky_actions: probability in [0, 1) that a frame repeats the frame before's action whatever the agent
                 chose [Machado et al. 2018, section 5].
+            num_processes: that share the games, what they play is the same; 1 for none but this one.
         Raises:
-            ValueError: if env_id is no such game, or sticky_actions is out of range.
+            ValueError: if env_id is no such game, or a number is out of range.
         """
         known = env_id.endswith(SUFFIX) and env_id in gym.registry
         rom = roms.get_rom_path(gym.spec(env_id).kwargs["game"]) if known else None
@@ -167,45 +243,67 @@ class AtariEnv(VectorEnv):
             raise ValueError(f"env_id={env_id!r} is no Atari game: they are called as in Breakout{SUFFIX}")
         if not 0 <= sticky_actions < 1:
             raise ValueError(f"sticky_actions={sticky_actions} must be a probability in [0, 1)")
+        if num_processes < 1:
+            raise ValueError(f"num_processes={num_processes} must be at least 1")
         self.seeds, self.num_envs, self.device = tuple(seeds), num_envs, torch.device(device)
         rows = [(seed, row) for seed in self.seeds for row in range(num_envs)]
-        ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
-        self.games = [Game(rom, np.random.default_rng(row), sticky_actions) for row in rows]
+        parts = min(num_processes, len(rows))
+        ends = [len(rows) * (part + 1) // parts for part in range(parts)]
+        self._parts = [slice(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
+        if parts == 1:
+            self._connections, self._games = [], Games(rom, rows, sticky_actions)
+        else:
+            self._connections = [_start(rom, rows[part], sticky_actions) for part in self._parts]
+            # Before multiprocessing's own handler, which waits for them: the last one registered is called first.
+            atexit.register(weakref.finalize(self, _close, self._connections))
+        (actions, *_) = self._each("num_actions")
         self.observation_space = gym.spaces.Box(0, 255, (self.frame_stack, SIZE, SIZE), np.uint8)
-        self.action_space = gym.spaces.Discrete(len(self.games[0].actions))
+        self.action_space = gym.spaces.Discrete(actions)
         self._tensor: Callable[[np.ndarray], Tensor] = torch.from_numpy
         if self.device.type != "cpu":
             self._tensor = lambda array: torch.from_numpy(array).to(self.device)
 
+    def _each(self, method: str, *args: Sequence[Any]) -> list[Any]:
+        """What a method of `Games` returns, of each part, called with the part's share of every argument."""
+        shares = [[x[part] for x in args] for part in self._parts]
+        if not self._connections:
+            return [getattr(self._games, method)(*shares[0])]
+        try:
+            for connection, share in zip(self._connections, shares, strict=True):
+                connection.send((method, share))
+            return [connection.recv() for connection in self._connections]
+        except (EOFError, ConnectionError):
+            raise RuntimeError("a process of --env-threads has ended; what it printed says why") from None
+
     def reset(self) -> Tensor:
-        rows = len(self.games)
-        for game in self.games:
-            game.over = True
-        frames = np.stack([game.begin() for game in self.games])
+        frames = np.concatenate(self._each("reset"))
+        rows = len(frames)
         self._obs = np.repeat(frames[:, None], self.frame_stack, axis=1)
         self._returns, self._lengths, self._over = np.zeros(rows), np.zeros(rows, np.int64), np.zeros(rows, bool)
         return self._tensor(self._obs)
 
     def step(self, actions: Tensor) -> Step:
-        if actions.shape != (len(self.games),):
-            raise ValueError(f"actions of shape {tuple(actions.shape)} must be ({len(self.games)},)")
-        steps = [game.step(action) for game, action in zip(self.games, actions.tolist(), strict=True)]
-        rewards, terminated, truncated, frames = (np.array(column) for column in zip(*steps, strict=True))
-        next_obs = obs = np.concatenate((self._obs[:, 1:], frames[:, None]), axis=1)
-        self._returns = np.array([game.score for game in self.games], np.float64)
-        self._lengths = np.array([game.steps for game in self.games])
-        self._over = np.array([game.over for game in self.games])
+        rows = self._parts[-1].stop
+        if actions.shape != (rows,):
+            raise ValueError(f"actions of shape {tuple(actions.shape)} must be ({rows},)")
+        columns = map(np.concatenate, zip(*self._each("step", actions.tolist()), strict=True))
+        rewards, terminated, truncated, frames, scores, self._lengths, self._over, firsts = columns
+        self._returns = scores.astype(np.float64)
+        self._obs = np.concatenate((self._obs[:, 1:], frames[:, None]), axis=1)
+        next_obs = obs = self._tensor(self._obs)
         if (done := terminated | truncated).any():
-            obs = next_obs.copy()
-            for row in np.flatnonzero(done):
-                obs[row] = self.games[row].begin()
-        self._obs = obs
-        columns = (next_obs, np.sign(rewards).astype(np.float32), terminated, truncated, obs)
-        return Step(*map(self._tensor, columns))
+            self._obs = self._obs.copy()
+            self._obs[done] = firsts[done, None]
+            obs = self._tensor(self._obs)
+        signs = np.sign(rewards).astype(np.float32)
+        return Step(next_obs, self._tensor(signs), self._tensor(terminated), self._tensor(truncated), obs)
 
     def render(self) -> np.ndarray:
         """What the first game shows, in its own colours, (210, 160, 3) uint8."""
-        return np.array(self.games[0].seen)
+        return np.array(self._each("render")[0][0])
+
+    def close(self) -> None:
+        _close(self._connections)
 
     @property
     def game_over(self) -> Tensor:
@@ -221,14 +319,15 @@ class AtariEnv(VectorEnv):
 
     def state_dict(self) -> dict[str, Any]:
         arrays = {"obs": self._obs, "returns": self._returns, "lengths": self._lengths, "over": self._over}
-        tensors = {name: torch.tensor(array) for name, array in arrays.items()}
-        return {"games": {str(row): game.state_dict() for row, game in enumerate(self.games)}, "arrays": tensors}
+        games = itertools.chain.from_iterable(self._each("state_dicts"))
+        state = {"games": {str(row): game for row, game in enumerate(games)}, "arrays": arrays}
+        return pytree.tree_map_only(np.ndarray, torch.tensor, state)  # type: ignore[no-any-return]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        arrays = {name: tensor.cpu().numpy().copy() for name, tensor in state["arrays"].items()}
-        if len(arrays["obs"]) != len(self.games):
-            raise ValueError(f"a state of {len(arrays['obs'])} games does not fit an environment of {len(self.games)}")
+        state = pytree.tree_map_only(Tensor, lambda x: x.cpu().numpy().copy(), state)
+        arrays, rows = state["arrays"], self._parts[-1].stop
+        if len(arrays["obs"]) != rows:
+            raise ValueError(f"a state of {len(arrays['obs'])} games does not fit an environment of {rows}")
         self._obs, self._returns = arrays["obs"], arrays["returns"]
         self._lengths, self._over = arrays["lengths"], arrays["over"]
-        for row, game in enumerate(self.games):
-            game.load_state_dict(state["games"][str(row)])
+        self._each("load_state_dicts", [state["games"][str(row)] for row in range(rows)])

@@ -143,7 +143,7 @@ class RunArgs(BaseArgs):
     compile: bool = True
     """compile with AOTInductor, on a GPU capture CUDA graphs; --no-compile is for debugging"""
     env_threads: int = 1
-    """CPU threads that step native MuJoCo environments"""
+    """CPU threads that step native MuJoCo environments, or processes that step native Atari games"""
     sticky_actions: float = 0.0
     """probability that a native Atari game repeats the frame before's action, whatever the agent chose"""
     eval_every: int = 0

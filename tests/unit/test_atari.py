@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import signal
+import subprocess
 import sys
+import textwrap
 from typing import Any
 
 import numpy as np
@@ -144,7 +149,7 @@ def test_sticky_actions_repeat_the_action_of_the_frame_before() -> None:
     """At 0.25, the share of frames whose action is not the agent's new one: 16,000 draws, four standard errors."""
     env = AtariEnv(BREAKOUT, [0], 1, sticky_actions=0.25)
     env.reset()
-    (game,) = env.games
+    (game,) = env._games.games
     game.rng = np.random.default_rng(1)
     repeated = 0
     for _ in range(16_000):
@@ -165,13 +170,75 @@ def test_sticky_actions_change_the_game() -> None:
     assert not all(torch.equal(a, b) for a, b in zip(*steps, strict=True))
 
 
+@pytest.mark.parametrize("num_processes", [2, 3, 9])
+def test_processes_change_nothing(num_processes: int) -> None:
+    """Whole games, of which some end, and a state that goes from processes to none and back."""
+    one, many = (AtariEnv(BREAKOUT, [0, 1], 2, sticky_actions=0.25, num_processes=n) for n in (1, num_processes))
+    assert len(many._connections) == min(num_processes, 4)
+    assert torch.equal(one.reset(), many.reset())
+    played = random_actions(one, 200)
+    for env in (one, many):
+        env.step(played[0])
+    state = many.state_dict()
+    ended = 0
+    for actions in played:
+        step = one.step(actions)
+        assert equal(step, many.step(actions))
+        for name in ("game_over", "episode_returns", "episode_lengths"):
+            assert torch.equal(getattr(one, name), getattr(many, name))
+        ended += int(step.terminated.sum())
+    assert ended > 4
+    assert np.array_equal(one.render(), many.render())
+    one.load_state_dict(state)
+    many.load_state_dict(state)
+    assert equal(one.step(played[1]), many.step(played[1]))
+    many.close()
+
+
+def test_a_process_that_ends_is_told() -> None:
+    env = AtariEnv(BREAKOUT, [0], 2, num_processes=2)
+    env.reset()
+    for child in multiprocessing.active_children():
+        child.kill()
+        child.join()
+    with pytest.raises(RuntimeError, match="a process of --env-threads has ended"):
+        env.step(torch.zeros(2, dtype=torch.int64))
+
+
+def test_processes_outlive_signals_and_end_with_their_environment() -> None:
+    """Signals to a group reach them too; what has to be saved then is theirs."""
+    env = AtariEnv(BREAKOUT, [0], 2, num_processes=2)
+    env.reset()
+    children = multiprocessing.active_children()
+    assert len(children) == 2
+    for child in children:
+        os.kill(child.pid, signal.SIGINT)
+        os.kill(child.pid, signal.SIGTERM)
+    assert len(env.state_dict()["games"]) == 2
+    del env
+    for child in children:
+        child.join(10)
+        assert child.exitcode == 0
+
+
+def test_a_program_with_processes_ends() -> None:
+    program = f"""
+        from rl_lab.envs import make
+        if __name__ == "__main__":
+            env = make({BREAKOUT!r}, [0], 2, num_threads=2)
+            env.reset()
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True, timeout=60)
+
+
 @pytest.mark.parametrize(
     ("env_id", "arguments", "message"),
     [
         ("CartPole-v1", {"sticky_actions": 0.25}, "sticky_actions=0.25: only native Atari games"),
         (BREAKOUT, {"sticky_actions": 0.25, "backend": "gymnasium"}, "only native Atari games"),
         (BREAKOUT, {"sticky_actions": 1.0}, "sticky_actions=1.0 must be a probability"),
-        (BREAKOUT, {"num_threads": 2}, "num_threads=2: only native MuJoCo"),
+        (BREAKOUT, {"num_threads": 2, "backend": "gymnasium"}, "num_threads=2: only native MuJoCo"),
+        (BREAKOUT, {"num_threads": 0}, "num_processes=0 must be at least 1"),
         ("BrakoutNoFrameskip-v4", {}, "the nearest ids are BreakoutNoFrameskip-v4"),
     ],
 )

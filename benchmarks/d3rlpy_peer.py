@@ -1,6 +1,6 @@
 """d3rlpy's algorithms with rl_lab's hyper-parameters on a D4RL file; a line "SPS: ..." after every MARK gradient steps.
 
-    d3rlpy_peer.py iql|td3_bc|cql|bc FILE STEPS MARK
+    d3rlpy_peer.py iql|td3_bc|cql|bc FILE STEPS MARK cpu|cuda
 
 Runs in d3rlpy's own environment, so that nothing of rl_lab is imported here. It writes its logs, as ours does.
 """
@@ -34,13 +34,13 @@ def learner(algo: str) -> Any:
 
 
 def main() -> None:
-    algo, path, steps, mark = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+    algo, path, steps, mark, device = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
     torch.set_num_threads(1)
     with h5py.File(path) as file:
         names = ("observations", "actions", "rewards", "terminals", "timeouts")
         data = d3rlpy.dataset.MDPDataset(*(file[name][()] for name in names))
     begin = time.time()
-    learner(algo).create(device="cpu:0").fit(
+    learner(algo).create(device=f"{device}:0").fit(
         data,
         n_steps=steps,
         n_steps_per_epoch=mark,

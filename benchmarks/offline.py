@@ -1,4 +1,4 @@
-"""Offline learning here and in d3rlpy, side by side: gradient steps per CPU-second.
+"""Offline learning here and in d3rlpy, side by side: gradient steps per CPU-second, on a GPU per second.
 
     python3.11 -m venv ../d3rlpy
     ../d3rlpy/bin/pip install torch==2.13.0 d3rlpy==2.8.1
@@ -16,7 +16,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import h5py
 import numpy as np
@@ -44,6 +44,8 @@ class Flags:
     """turns of each contender"""
     num_seeds: int = 5
     """agents of the contender that trains many at once; 1 leaves it out"""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """where all learn; processors of the GPU have no clock of a process, so that its seconds are those of the clock"""
     save: Path | None = None
     """JSON file for the result; what is printed goes beside it as .txt"""
 
@@ -65,11 +67,12 @@ def contenders(algo: str, flags: Flags, steps: int, mark: int, folder: Path) -> 
     data = folder / "halfcheetah-random-v2.hdf5"
     ours = [sys.executable, "-m", "benchmarks.ours", algo, "--dataset", str(data), "--runs-dir", str(folder / "runs")]
     ours += ["--total-timesteps", str(steps), "--log-every", str(mark), "--eval-every", "0", "--eval-episodes", "0"]
+    ours += ["--device", flags.device]
     found = [race.Contender("rl_lab", ours, race.ROOT, mark)]
     if flags.d3rlpy_python:
         peer = str(Path(__file__).with_name("d3rlpy_peer.py"))
         python = [str(flags.d3rlpy_python.absolute()), "-P"]  # or profile.py beside it would stand for Python's own
-        command = [*python, peer, algo, str(data), str(steps), str(mark)]
+        command = [*python, peer, algo, str(data), str(steps), str(mark), flags.device]
         found.append(race.Contender("d3rlpy", command, folder, mark))
     if flags.num_seeds > 1:
         many = [*ours, "--seed", "101", "--num-seeds", str(flags.num_seeds)]  # run folders of its own
@@ -88,20 +91,23 @@ def measure(flags: Flags) -> dict[str, Any]:
             steps = flags.steps // 5 if algo == "cql" else flags.steps
             mark = steps // (flags.slices + 2)  # the first is warm-up; a process at its end has no clock
             ends = [mark * (i + 1) for i in range(flags.slices + 1)]
-            found[algo] = race.race(contenders(algo, flags, mark * (flags.slices + 2), mark, folder), environ, ends)
+            found[algo] = race.race(
+                contenders(algo, flags, mark * (flags.slices + 2), mark, folder), environ, ends, flags.device
+            )
     peer = race.versions(str(flags.d3rlpy_python), race.ROOT) if flags.d3rlpy_python else None
     return {
         "results": found,
         "versions": race.versions(sys.executable, race.ROOT),
         "d3rlpy": peer,
-        "machine": machine(),
+        "machine": machine(flags.device),
         "date": time.strftime("%Y-%m-%d"),
     }
 
 
 def table(report: dict[str, Any]) -> Table:
     """Gradient steps per CPU-second of all agents together, and how many times d3rlpy's."""
-    shown = Table("", title="gradient steps per CPU-second, median (least to most); × d3rlpy")
+    seconds = "second on the GPU" if "gpu" in report["machine"] else "CPU-second"
+    shown = Table("", title=f"gradient steps per {seconds}, median (least to most); × d3rlpy")
     names = list(next(iter(report["results"].values())))
     for name in names:
         shown.add_column(name, justify="right")

@@ -112,9 +112,9 @@ def raced(method: str, flags: Flags, folder: Path) -> dict[str, dict[str, Any]]:
     for contender in contenders(method, flags, folder):
         trainee, mine = race.Trainee(contender, environ), {}
         if contender.first < 0:
-            before, after = (trainee.advance(mark) for mark in (-1, 0))
+            before, after = (trainee.advance(mark)["cpu"] for mark in (-1, 0))
             mine["reference"] = (after - before) * PAIRS / (PAIRS * (flags.steps + 2) + 1)
-        clocks = [trainee.advance(step) for step in range(1, flags.steps + 2)]  # the first step is warm-up
+        clocks = [trainee.advance(step)["cpu"] for step in range(1, flags.steps + 2)]  # the first step is warm-up
         found[contender.name] = mine | {"seconds": np.diff(clocks).tolist(), "memory": trainee.memory}
         trainee.process.kill()
         trainee.process.wait()

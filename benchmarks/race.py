@@ -138,8 +138,8 @@ class Trainee:
         assert self.process.stdout is not None
         self._lines = self.process.stdout
 
-    def advance(self, step: int) -> float:
-        """Run to this env step, which must be marked; return the CPU seconds of the process so far."""
+    def advance(self, step: int) -> dict[str, float]:
+        """Run to this env step, which must be marked; return the seconds of the process so far, as `finish` does."""
         self._continue()
         while self.step < step:
             if not (line := self._lines.readline()):
@@ -153,10 +153,10 @@ class Trainee:
         self.memory = 1024 * int(status.partition("VmHWM:")[2].split()[0])
         self.wall += time.perf_counter() - self._begin
         self._begin = 0.0
-        return cpu
+        return {"cpu": cpu, "wall": self.wall}
 
     def finish(self) -> dict[str, float]:
-        """Let it end; return the seconds of the whole process, with those of the compilers it has called."""
+        """Let it end; return its CPU and wall seconds, with those of the compilers it has called."""
         self._continue()
         self._lines.read()
         _, status, usage = os.wait4(self.process.pid, 0)
@@ -173,24 +173,25 @@ class Trainee:
             self.process.send_signal(signal.SIGCONT)
 
 
-def race(field: list[Contender], environ: dict[str, str], ends: list[int]) -> dict[str, dict[str, Any]]:
+def race(
+    field: list[Contender], environ: dict[str, str], ends: list[int], device: str = "cpu"
+) -> dict[str, dict[str, Any]]:
     """Train all contenders in turns that end at these env steps, the first of which are warm-up.
 
     Returns:
-        by name, steps per CPU-second of each turn, and seconds of the turns and of the whole run.
+        by name, steps per CPU-second of each turn, on a GPU per second, and seconds of the turns and of the whole run.
     """
-    trainees, clocks, starts, results = [], [], [], {}
+    trainees, clocks, results, counted = [], [], {}, "wall" if device == "cuda" else "cpu"
     for contender in field:
         trainees.append(Trainee(contender, environ))
         clocks.append([trainees[-1].advance(ends[0])])
-        starts.append(trainees[-1].wall)
     for end in ends[1:]:
         for trainee, clock in zip(trainees, clocks, strict=True):
             clock.append(trainee.advance(end))
-    for trainee, clock, start in zip(trainees, clocks, starts, strict=True):
+    for trainee, clock in zip(trainees, clocks, strict=True):
         seeds, turns = trainee.contender.seeds, zip(itertools.pairwise(ends), itertools.pairwise(clock), strict=True)
-        sps = [seeds * (b - a) / (after - before) for (a, b), (before, after) in turns]
-        loop = {"cpu": clock[-1] - clock[0], "wall": trainee.wall - start}
+        sps = [seeds * (b - a) / (after[counted] - before[counted]) for (a, b), (before, after) in turns]
+        loop = {name: clock[-1][name] - clock[0][name] for name in clock[0]}
         results[trainee.contender.name] = {"seeds": seeds, "sps": sps, "loop": loop, "whole": trainee.finish()}
     return results
 

@@ -7,16 +7,18 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 LOAD = os.getloadavg()  # when the benchmark began
 
 
-def machine() -> dict[str, Any]:
-    """Processor, cores, and the load at the beginning and now."""
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """Processor, cores, the load at the beginning and now, and the GPU that was computed on."""
     cpu = next(x.partition(": ")[2] for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x)
-    return {"cpu": cpu, "cores": os.cpu_count(), "load_before": LOAD, "load_after": os.getloadavg()}
+    gpu = {"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}
+    return {"cpu": cpu, "cores": os.cpu_count(), **gpu, "load_before": LOAD, "load_after": os.getloadavg()}
 
 
 def publish(

@@ -197,6 +197,7 @@ def _serve(connection: Connection, *arguments: Any) -> None:
     """Answer calls of `Games` until the other end is closed."""
     for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group, for the trainer to save and end by
         signal.signal(number, signal.SIG_IGN)
+    cv2.setNumThreads(1)  # or each of these processes had a pool as large as the machine
     games = Games(*arguments)
     with suppress(EOFError, ConnectionError):
         while True:

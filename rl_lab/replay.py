@@ -261,8 +261,9 @@ class Replay:
         for row in range(head, head + count):
             self.ends.pop(row, None)
         ended = (rollout["terminated"] | rollout["truncated"])[first : first + count]
-        for t, place in ended.nonzero().tolist():
-            self.ends.setdefault(head + t, {})[place] = rollout["next_obs"][first + t, place, -1].clone()
+        frames = rollout["next_obs"][first : first + count, :, -1][ended]  # all at once: a GPU is waited for only here
+        for (t, place), frame in zip(ended.nonzero().tolist(), frames, strict=True):
+            self.ends.setdefault(head + t, {})[place] = frame.clone()
 
     def sample(self, points: Tensor, beta: float = 1.0) -> Batch:
         """Put together a batch.
@@ -342,9 +343,9 @@ class Replay:
             return batch
         last, ended = batch.pop("last"), batch["terminated"] | batch["truncated"]
         batch |= {name: _take(self.columns["obs"], batch[name]) for name in ("obs", "next_obs")}
-        for seed, i in ended.nonzero().tolist():
-            row, place = divmod(int(last[seed, i]), self._width)
-            batch["next_obs"][seed, i, -1] = self.ends[row][place]
+        if steps := last[ended].tolist():
+            frames = [self.ends[step // self._width][step % self._width] for step in steps]
+            batch["next_obs"][:, :, -1][ended] = torch.stack(frames)
         return batch
 
     def state_dict(self) -> dict[str, Any]:

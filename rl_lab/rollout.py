@@ -44,17 +44,33 @@ def over_seeds(function: Callable[..., Any], images: bool) -> Callable[..., Any]
     """`function` of one agent over the leading seed axis of its arguments: by `vmap`, or for images one by one.
 
     `vmap` makes one convolution of many seeds a grouped one, which takes up to twice the time; and a convolution is
-    large enough not to gain by being batched.
+    large enough not to gain by being batched. On a GPU it is not, so that seeds have streams of their own there.
     """
     if not images:
         return vmap(function)
 
     def one_by_one(*args: Any) -> Any:
-        seeds = range(len(pytree.tree_leaves(args)[0]))
-        results = [function(*pytree.tree_map(lambda x, s=s: x[s], args)) for s in seeds]
+        leaf = pytree.tree_leaves(args)[0]
+        agents = [pytree.tree_map(lambda x, s=s: x[s], args) for s in range(len(leaf))]
+        if leaf.is_cuda and len(agents) > 1:
+            results = _side_by_side(function, agents)
+        else:
+            results = [function(*agent) for agent in agents]
         return pytree.tree_map(_stacked, *results)
 
     return one_by_one
+
+
+def _side_by_side(function: Callable[..., Any], calls: Sequence[Any]) -> list[Any]:
+    """The results of `calls`, each on a CUDA stream that begins here and is waited for."""
+    here, streams, results = torch.cuda.current_stream(), [torch.cuda.Stream() for _ in calls], []
+    for stream, args in zip(streams, calls, strict=True):
+        stream.wait_stream(here)
+        with torch.cuda.stream(stream):
+            results.append(function(*args))
+    for stream in streams:
+        here.wait_stream(stream)
+    return results
 
 
 def _stacked(*xs: Tensor) -> Tensor:

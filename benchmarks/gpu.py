@@ -41,7 +41,7 @@ CASES = {
     "ppo-cartpole": Case("ppo --env CartPole-v1 --num-envs 4096 --num-steps 32 --total-timesteps 13107200", 131_072, 5),
     "ppo-breakout": Case(f"ppo {BREAKOUT} --num-envs 128 --total-timesteps 1638400", 16_384, 2),
     "dqn-breakout": Case(
-        f"dqn {BREAKOUT} --num-seeds 16 --buffer-size 50000 --learning-starts 800 --log-every 400", 400, 4, seeds=16
+        f"dqn {BREAKOUT} --num-seeds 32 --buffer-size 50000 --learning-starts 800 --log-every 400", 400, 4, seeds=32
     ),
     "sac-halfcheetah": Case("sac --env HalfCheetah-v4 --learning-starts 1000", 1_000, 2),
     "sac-halfcheetah-16": Case(

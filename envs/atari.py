@@ -279,9 +279,9 @@ class AtariEnv(VectorEnv):
     def reset(self) -> Tensor:
         frames = np.concatenate(self._each("reset"))
         rows = len(frames)
-        self._obs = np.repeat(frames[:, None], self.frame_stack, axis=1)
         self._returns, self._lengths, self._over = np.zeros(rows), np.zeros(rows, np.int64), np.zeros(rows, bool)
-        return self._tensor(self._obs)
+        self._obs = self._tensor(frames).unsqueeze(1).repeat(1, self.frame_stack, 1, 1)
+        return self._obs
 
     def step(self, actions: Tensor) -> Step:
         rows = self._parts[-1].stop
@@ -290,13 +290,12 @@ class AtariEnv(VectorEnv):
         columns = map(np.concatenate, zip(*self._each("step", actions.tolist()), strict=True))
         rewards, terminated, truncated, frames, scores, self._lengths, self._over, firsts = columns
         self._returns = scores.astype(np.float64)
-        self._obs = np.concatenate((self._obs[:, 1:], frames[:, None]), axis=1)
-        next_obs = obs = self._tensor(self._obs)
+        # Stacked on the device: to send the whole stack would be four times as much.
+        next_obs = obs = torch.cat((self._obs[:, 1:], self._tensor(frames).unsqueeze(1)), dim=1)
         if (done := terminated | truncated).any():
-            self._obs = self._obs.copy()
-            self._obs[done] = firsts[done, None]
-            obs = self._tensor(self._obs)
-        signs = np.sign(rewards).astype(np.float32)
+            obs = next_obs.clone()
+            obs[self._tensor(np.flatnonzero(done))] = self._tensor(firsts[done]).unsqueeze(1)
+        self._obs, signs = obs, np.sign(rewards).astype(np.float32)
         return Step(next_obs, self._tensor(signs), self._tensor(terminated), self._tensor(truncated), obs)
 
     def render(self) -> np.ndarray:
@@ -329,6 +328,6 @@ class AtariEnv(VectorEnv):
         arrays, rows = state["arrays"], self._parts[-1].stop
         if len(arrays["obs"]) != rows:
             raise ValueError(f"a state of {len(arrays['obs'])} games does not fit an environment of {rows}")
-        self._obs, self._returns = arrays["obs"], arrays["returns"]
+        self._obs, self._returns = self._tensor(arrays["obs"]), arrays["returns"]
         self._lengths, self._over = arrays["lengths"], arrays["over"]
         self._each("load_state_dicts", [state["games"][str(row)] for row in range(rows)])

@@ -126,6 +126,22 @@ def test_compiled_equals_eager(algorithm: ModuleType) -> None:
 
 
 @EACH
+@pytest.mark.cuda
+def test_seeds_side_by_side_equal_one_by_one(algorithm: ModuleType) -> None:
+    """Guards the streams of three seeds within a captured graph: what one writes is read after it, and no other's."""
+    params, target, *rest = pytree.tree_map(lambda x: x.cuda(), arguments(algorithm))
+    agents = [(params, target, *rest), (target, params, *rest), (params, params, *rest)]
+    opt, update = init_adam(params), partial(algorithm.update, args=replace(algorithm.IMAGES, bf16=False))
+    calls = [(params, target, opt, *rest) for params, target, *rest in agents]
+    stacked = pytree.tree_map(lambda *x: torch.stack(x), *calls)
+    learner = Compiled(over_seeds(update, images=True), ("test_images", algorithm.IMAGES.key))
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        expected = pytree.tree_map(lambda *x: torch.stack(x), *(update(*call) for call in calls))
+        for _ in range(3):
+            torch.testing.assert_close(learner(*stacked), expected, rtol=1e-4, atol=1e-5)
+
+
+@EACH
 def test_training(algorithm: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against images kept for the log, convolutions that do not learn, and a policy that does not come back."""
     pytest.importorskip("ale_py", reason="Atari needs ale_py")

@@ -9,7 +9,8 @@ Paper: Kostrikov, Nair and Levine 2022, Offline reinforcement learning with impl
 Each gradient step takes the value, then the actor, then the critics, then the target critics, as the authors' code does
 (github.com/ikostrikov/implicit_q_learning). The actor is a Gaussian around scale * tanh(...), not squashed, whose
 deviation does not depend on the state. Rewards of HalfCheetah, Hopper and Walker2d are scaled by 1000 / (best - worst
-return of an episode), as in that code, others are left (`--reward-scale`). Observations are not normalised; CORL's are.
+return of an episode), as in that code, others are left (`--reward-scale`). Observations are left as they are; CORL
+standardises them (`--normalize-obs`).
 
     python -m rl_lab.iql --dataset lab/halfcheetah/medium-replay-v0        expected results: docs/iql.md
 """
@@ -31,7 +32,7 @@ from rl_lab.distributions import Actions, Outputs, logprob_and_entropy, sample, 
 from rl_lab.envs import make
 from rl_lab.networks import Params, flat_size, init_mlp, mlp, polyak, q_values, stack
 from rl_lab.offline import Dataset
-from rl_lab.offline_training import OfflineArgs, OfflineRun, bounded_actions, open_dataset
+from rl_lab.offline_training import OfflineArgs, OfflineRun, bounded_actions, open_dataset, standardize, standardized
 from rl_lab.optim import AdamState, adam, init_adam
 from rl_lab.replay import Batch
 from rl_lab.rollout import Inputs, contiguous, on_device
@@ -53,6 +54,7 @@ class Args(OfflineArgs):
     expectile: float = 0.7  # tau of [Eq. 5]
     beta: float = 3.0  # inverse temperature of [Eq. 7]
     reward_scale: float | None = None  # factor of rewards; None: 1000 / range of returns in locomotion, else 1
+    normalize_obs: bool = False  # standardise observations by the data's mean and deviation
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -152,6 +154,7 @@ def train(args: Args) -> Run:
     print(f"Rewards are scaled by {scale:g}.")
     args = replace(args, reward_scale=scale)
     data = replace(data, columns=data.columns | {"rewards": data.columns["rewards"] * scale})
+    data, normalizer = standardized(data, args.num_seeds) if args.normalize_obs else (data, {})
     agents = [init_params(obs_size, actions, g) for g in generators]
     agent = {name: stack([agent[name] for agent in agents]) for name in agents[0]}
     target, opts = contiguous(agent["critics"]), {name: contiguous(vmap(init_adam)(x)) for name, x in agent.items()}
@@ -159,7 +162,10 @@ def train(args: Args) -> Run:
     key = ("iql", replace(args, reward_scale=None).key, actions)  # nothing compiled scales rewards
     learner = Compiled(step, key, args.compile, donate=(0, 1, 2))
 
-    run = OfflineRun(args, "iql", data, env, generators, lambda: {"params": agent, "target": target, "opts": opts})
+    def learned() -> dict[str, Any]:
+        return {"params": agent, "target": target, "opts": opts, "normalizer": normalizer}
+
+    run = OfflineRun(args, "iql", data, env, generators, learned)
     if run.saved:
         agent, target, opts = on_device([run.saved[name] for name in ("params", "target", "opts")], env.device)
 
@@ -170,8 +176,8 @@ def train(args: Args) -> Run:
         run.log_losses(metrics)
         if run.episodes_due:
             test_env = make(args.env, args.evaluation_seeds, run.episodes_due, *args.make_options)
-            run.judge(partial(policy, noise=None, actions=actions), agent, {}, test_env)
-    run.finish(agent, {})
+            run.judge(partial(policy, noise=None, actions=actions), agent, normalizer, test_env)
+    run.finish(agent, normalizer)
     return run
 
 
@@ -193,7 +199,8 @@ def authors_scale(data: Dataset, env_id: str) -> float:
 
 def policy(params: Agent, normalizer: Any, inputs: Inputs, noise: Tensor | None, actions: Actions) -> Tensor:
     """Actions of a trained agent for the environment, the mean where `noise` is None."""
-    return sample(gaussian(params["actor"], inputs["obs"], actions), noise, actions)[1]
+    obs = standardize(normalizer, inputs["obs"])
+    return sample(gaussian(params["actor"], obs, actions), noise, actions)[1]
 
 
 def defaults(env_id: str) -> Args:

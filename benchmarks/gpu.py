@@ -44,9 +44,6 @@ CASES = {
         f"dqn {BREAKOUT} --num-seeds 32 --buffer-size 50000 --learning-starts 800 --log-every 400", 400, 4, seeds=32
     ),
     "sac-halfcheetah": Case("sac --env HalfCheetah-v4 --learning-starts 1000", 1_000, 2),
-    "sac-halfcheetah-16": Case(
-        "sac --env HalfCheetah-v4 --learning-starts 1000 --num-seeds 16 --env-threads {cores}", 1_000, 2, seeds=16
-    ),
 }
 
 
@@ -57,7 +54,7 @@ class Flags:
     cases: tuple[str, ...] = tuple(CASES)
     """which ones"""
     cores: int = os.cpu_count() or 1
-    """of the processor, for environments on the CPU"""
+    """of the processor, for Atari's games"""
     turns: int = 4
     """marks to measure between"""
     save: Path | None = None

@@ -26,15 +26,14 @@ from typing import Any, ClassVar
 
 import gymnasium as gym
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 
 from rl_lab.cli import run
-from rl_lab.compiler import Compiled
+from rl_lab.compiler import CompiledEach, scan
 from rl_lab.distributions import Actions, draw_noise, scaled, squashed_sample, unscaled
 from rl_lab.envs import make
-from rl_lab.networks import Params, flat_size, init_uniform, mlp, polyak, q_values, stack
+from rl_lab.networks import Params, flat_size, init_uniform, mlp, polyak, q_values, q_values_of_each, stack
 from rl_lab.offline_training import OfflineArgs, OfflineRun, bounded_actions, open_dataset, standardize, standardized
 from rl_lab.optim import AdamState, adam, init_adam
 from rl_lab.replay import Batch
@@ -100,24 +99,6 @@ def logprobs_of(taken: Tensor, policy: Gaussian, actions: Actions) -> Tensor:
     mean, logstd = policy
     x = unscaled(taken, actions).clamp(-INSIDE, INSIDE).atanh()
     return squashed_sample(mean, logstd, (x - mean) / logstd.exp(), actions)[1]
-
-
-def q_values_of_each(critics: Params, obs: Tensor, taken: Tensor) -> Tensor:
-    """Q of each of E critics for K actions in each state: (B, *obs) and (K, B, *shape) -> (E, K, B).
-
-    The first layer's product with the state serves all of its actions.
-    """
-    obs, shape, taken = obs.flatten(1).float(), taken.shape[:2], taken.flatten(0, 1).flatten(1)
-
-    def q(critic: Params) -> Tensor:
-        (w0, b0), (w1, b1), (w2, b2) = ((critic[f"critic.{i}.weight"], critic[f"critic.{i}.bias"]) for i in range(3))
-        of_obs, of_action = (w.contiguous() for w in w0.mT.split([obs.shape[1], taken.shape[1]]))  # as in `mlp`
-        hidden = (torch.addmm(b0, obs, of_obs) + (taken @ of_action).unflatten(0, shape)).relu()
-        hidden = F.linear(hidden.flatten(0, 1), w1, b1).relu()
-        return F.linear(hidden, w2, b2).view(shape)
-
-    values: Tensor = vmap(q)(critics)
-    return values
 
 
 def proposals(here: Gaussian, there: Gaussian, noise: Tensor, actions: Actions) -> tuple[Tensor, Tensor]:
@@ -200,6 +181,28 @@ def critic_loss(
     return (residual + weight * gap).sum(), {name: x.detach() for name, x in metrics.items()}
 
 
+def critic_grads(
+    critics: Params, wanted: Tensor, taken: Tensor, logprobs: Tensor, batch: Batch, weight: Tensor
+) -> tuple[Params, dict[str, Tensor]]:
+    """Gradients of `critic_loss`, and tensors to log.
+
+    On a CPU the mean of a few states' at a time, whose 3N + 1 actions each have activations that stay in its cache.
+    """
+    states = len(wanted) if wanted.is_cuda else math.gcd(len(wanted), 8)
+    loss = grad_and_value(partial(critic_loss, weight=weight), has_aux=True)
+
+    def step(sums: Params, part: Any) -> tuple[Params, dict[str, Tensor]]:
+        grads, (_, logged) = loss(critics, *part)
+        return {name: sums[name] + g for name, g in grads.items()}, logged
+
+    given = (wanted, taken.movedim(1, 0), logprobs.movedim(1, 0), batch["obs"], batch["actions"])
+    wanted, taken, logprobs, obs, acted = (x.unflatten(0, (-1, states)) for x in given)
+    parts = (wanted, taken.movedim(2, 1), logprobs.movedim(2, 1), {"obs": obs, "actions": acted})
+    sums, logged = scan(step, {name: torch.zeros_like(p) for name, p in critics.items()}, parts)
+    share = states / len(given[0])
+    return {name: x * share for name, x in sums.items()}, {name: x.mean(0) for name, x in logged.items()}
+
+
 def weight_loss(multiplier: Params, gap: Tensor, args: Args) -> Tensor:
     """() minus the weight's part of the critics' loss, () gap less its target [appendix F]."""
     return -gap_weight(multiplier, args) * (gap - args.target_action_gap)
@@ -228,7 +231,7 @@ def update(
     wanted = targets(agent, target, batch, there, noise[1], actions, args)
     weight = gap_weight(agent["multiplier"], args)
     given = (wanted, *proposals(here, there, noise[2:], actions), batch, weight)
-    grads["critics"], (_, logged) = grad_and_value(critic_loss, has_aux=True)(agent["critics"], *given)
+    grads["critics"], logged = critic_grads(agent["critics"], *given)
     if args.autotune:
         by_entropy = partial(temperature_loss, logprobs=logprobs, actions=actions)
         grads["temperature"], metrics["alpha_loss"] = grad_and_value(by_entropy)(agent["temperature"])
@@ -256,8 +259,8 @@ def train(args: Args) -> Run:
     target, opts = contiguous(agent["critics"]), {name: contiguous(vmap(init_adam)(x)) for name, x in agent.items()}
     learners = []
     for cloning in (False, True):
-        step = vmap(partial(update, actions=actions, args=args, cloning=cloning))
-        learners.append(Compiled(step, ("cql", cloning, args.key, actions), args.compile, donate=(0, 1, 2)))
+        step = partial(update, actions=actions, args=args, cloning=cloning)
+        learners.append(CompiledEach(step, ("cql", cloning, args.key, actions), args.compile, donate=(0, 1, 2)))
 
     def state() -> dict[str, Any]:
         return {"params": agent, "target": target, "opts": opts, "normalizer": normalizer}

@@ -80,6 +80,24 @@ def q_values(critics: Params, obs: Tensor, taken: Tensor, num_layers: int = 3) -
     return q.squeeze(2)
 
 
+def q_values_of_each(critics: Params, obs: Tensor, taken: Tensor) -> Tensor:
+    """Q of each of E critics for K actions in each state: (B, *obs) and (K, B, *shape) -> (E, K, B).
+
+    The first layer's product with the state serves all of its actions.
+    """
+    obs, shape, taken = obs.flatten(1).float(), taken.shape[:2], taken.flatten(0, 1).flatten(1)
+
+    def q(critic: Params) -> Tensor:
+        (w0, b0), (w1, b1), (w2, b2) = ((critic[f"critic.{i}.weight"], critic[f"critic.{i}.bias"]) for i in range(3))
+        of_obs, of_action = (w.contiguous() for w in w0.mT.split([obs.shape[1], taken.shape[1]]))  # as in `mlp`
+        hidden = (torch.addmm(b0, obs, of_obs) + (taken @ of_action).unflatten(0, shape)).relu()
+        hidden = F.linear(hidden.flatten(0, 1), w1, b1).relu()
+        return F.linear(hidden, w2, b2).view(shape)
+
+    values: Tensor = vmap(q)(critics)
+    return values
+
+
 def is_image(space: gym.Space[Any]) -> TypeGuard[gym.spaces.Box]:
     """Whether observations are what the Nature CNN takes: uint8 images (C, 84, 84)."""
     return isinstance(space, gym.spaces.Box) and space.dtype == np.uint8 and space.shape[1:] == (84, 84)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rl_lab import compiler
-from rl_lab.compiler import Compiled, scan
+from rl_lab.compiler import Compiled, CompiledEach, scan
 from rl_lab.replay import Replay
 
 
@@ -179,6 +179,28 @@ def test_a_donated_argument_gets_no_other_one(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("RL_LAB_CACHE", str(tmp_path))
     with pytest.raises(ValueError, match="overwritten with another argument"):
         Compiled(lambda x, y: (y.clone(), x + y), "clone", donate=(0,))(torch.ones(2), torch.zeros(2))
+
+
+def test_agents_one_by_one_are_as_all_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loop for each of two agents, which `vmap` alone could not trace."""
+
+    def sums(state: dict[str, Tensor], x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        last, ys = scan(lambda s, x: (s + x, s * x), state["x"], x)
+        return {"x": last}, {"ys": ys}
+
+    monkeypatch.setenv("RL_LAB_CACHE", str(tmp_path))
+    xs = torch.tensor([[1.0, 2.0, 3.0], [10.0, 20.0, 30.0]])
+    for enabled in (True, False):
+        state = {"x": torch.tensor([1.0, 2.0])}
+        graph = CompiledEach(sums, "sums", enabled, donate=(0,))
+        for last, ys in (
+            ([7.0, 62.0], [[1.0, 4.0, 12.0], [20.0, 240.0, 960.0]]),
+            ([13.0, 122.0], [[7.0, 16.0, 30.0], [620.0, 1440.0, 2760.0]]),
+        ):
+            new, results = graph(state, xs)
+            assert new is state and state["x"].tolist() == last
+            assert results["ys"].tolist() == ys
+    assert len(list(tmp_path.glob("*"))) == 1
 
 
 def drift(state: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,13 +13,13 @@ import pytest
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
-from torch.func import grad
+from torch.func import grad, grad_and_value
 
 from rl_lab.algorithms import cql
 from rl_lab.algorithms.cql import Agent, Args
 from rl_lab.cli import Stopped
 from rl_lab.distributions import Actions, squashed_sample
-from rl_lab.networks import Params, q_values, stack
+from rl_lab.networks import Params, stack
 from rl_lab.offline import Dataset
 from rl_lab.optim import init_adam
 
@@ -281,17 +281,18 @@ def test_order_of_an_update() -> None:
         assert step == pytest.approx(rate, rel=1e-3)  # Adam's first step is the learning rate
 
 
-def test_q_values_of_each_action_of_a_state() -> None:
-    """As one state after the other gives them, in value and in gradient."""
+@pytest.mark.parametrize("size", [16, 5])
+def test_gradients_of_some_states_at_a_time(size: int) -> None:
+    """Are the whole batch's, and what is logged too."""
     generator = torch.Generator().manual_seed(0)
-    actions = Actions((6,), (2, 3), (-1.0,) * 6, (1.0,) * 6)
-    critics = cql.init_params(5, actions, 1.0, generator)["critics"]
-    obs, taken = torch.randn(4, 5, generator=generator), torch.randn(7, 4, 2, 3, generator=generator)
-    wanted = q_values(critics, obs.repeat(7, 1), taken.flatten(0, 1)).view(2, 7, 4)
-    torch.testing.assert_close(cql.q_values_of_each(critics, obs, taken), wanted)
-    slopes = grad(lambda critics: cql.q_values_of_each(critics, obs, taken).square().sum())(critics)
-    plain = grad(lambda critics: q_values(critics, obs.repeat(7, 1), taken.flatten(0, 1)).square().sum())(critics)
-    torch.testing.assert_close(slopes, plain, rtol=1e-4, atol=1e-5)
+    critics = cql.init_params(2, ONE, 1.0, generator)["critics"]
+    taken, logprobs = (torch.randn(9, size, *shape, generator=generator) for shape in ((1,), ()))
+    batch = {"obs": torch.randn(size, 2, generator=generator), "actions": torch.randn(size, 1, generator=generator)}
+    given = (torch.randn(size, generator=generator), taken, logprobs, batch, torch.tensor(3.0))
+    grads, logged = cql.critic_grads(critics, *given)
+    whole, (_, expected) = grad_and_value(cql.critic_loss, has_aux=True)(critics, *given)
+    torch.testing.assert_close(grads, whole)
+    torch.testing.assert_close(logged, expected)
 
 
 def test_policy() -> None:

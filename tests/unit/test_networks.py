@@ -9,8 +9,9 @@ import pytest
 import torch
 from gymnasium.spaces import Box
 from torch import nn
+from torch.func import grad
 
-from rl_lab.networks import flat_size, init_mlp, mlp
+from rl_lab.networks import flat_size, init_mlp, init_uniform, mlp, q_values, q_values_of_each, stack
 
 
 def test_images_are_no_vectors() -> None:
@@ -63,3 +64,15 @@ def test_forward_pass_equals_modules(layers: int) -> None:
         modules += [linear, nn.Tanh()]
     x = torch.randn(7, 5, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(mlp(params, "net", x, layers), nn.Sequential(*modules[:-1])(x), rtol=0, atol=1e-6)
+
+
+def test_q_values_of_each_action_of_a_state() -> None:
+    """As one state after the other gives them, in value and in gradient."""
+    generator = torch.Generator().manual_seed(0)
+    critics = stack([init_uniform("critic", (5 + 6, 16, 16, 1), generator) for _ in range(2)])
+    obs, taken = torch.randn(4, 5, generator=generator), torch.randn(7, 4, 2, 3, generator=generator)
+    wanted = q_values(critics, obs.repeat(7, 1), taken.flatten(0, 1)).view(2, 7, 4)
+    torch.testing.assert_close(q_values_of_each(critics, obs, taken), wanted)
+    slopes = grad(lambda critics: q_values_of_each(critics, obs, taken).square().sum())(critics)
+    plain = grad(lambda critics: q_values(critics, obs.repeat(7, 1), taken.flatten(0, 1)).square().sum())(critics)
+    torch.testing.assert_close(slopes, plain, rtol=1e-4, atol=1e-5)

@@ -29,9 +29,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
-from torch._functorch.compile_utils import fx_graph_cse
 from torch.func import vmap
-from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 
 Function = Callable[..., Any]
 
@@ -50,6 +48,8 @@ def scan(step: Function, carry: Any, xs: Any, constants: tuple[Any, ...] = ()) -
     Returns:
         the last carry, and the tree of ys stacked along a new first axis T.
     """
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
     if get_proxy_mode() is not None:
         from torch._higher_order_ops.scan import scan as traced_scan
 
@@ -212,8 +212,9 @@ def cache_folder() -> Path:
 def _load(folder: Path) -> tuple[Any, Any]:
     """The graph as a function of its leaves, and the tree it returns, with the leaves' numbers for leaves."""
     outspec = pytree.treespec_loads(json.loads((folder / "tree.json").read_text()))
-    package = torch._inductor.aoti_load_package(str(folder / "graph.pt2"), run_single_threaded=True)
-    return package.loader.run, _numbered(outspec)
+    # `aoti_load_package` would take seconds to import the compiler and to probe the processor, which is in the key.
+    loader = torch._C._aoti.AOTIModelPackageLoader(str(folder / "graph.pt2"), "model", True, 1, -1)
+    return loader.run, _numbered(outspec)
 
 
 def _numbered(spec: pytree.TreeSpec) -> Any:
@@ -305,6 +306,10 @@ def _check_donations(graph: torch.fx.GraphModule) -> None:
 def _compile(
     function: Function, leaves: list[Tensor], treespec: pytree.TreeSpec, donate: Sequence[int], folder: Path
 ) -> None:
+    # What takes seconds to import is imported where it compiles: a start from the cache does without.
+    from torch._functorch.compile_utils import fx_graph_cse
+    from torch.fx.experimental.proxy_tensor import make_fx
+
     outspec: list[pytree.TreeSpec] = []
 
     def flat(*leaves: Tensor) -> tuple[Tensor, ...]:

@@ -16,9 +16,6 @@ import torch
 import torch.distributed as dist
 import torch.utils._pytree as pytree
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
 from rl_lab.cli import BaseArgs, RunArgs
 from rl_lab.compiler import Compiled
@@ -98,6 +95,9 @@ def shard(model: torch.nn.Module, device: torch.device) -> None:
     Each layer is whole only while it is computed. Gradients become those of the mean over the ranks' losses, divided as
     the weights are. All ranks have to compute forward and backward equally often, or they wait for each other for ever.
     """
+    from torch.distributed.device_mesh import init_device_mesh  # here, as these take longer to import than all else
+    from torch.distributed.fsdp import fully_shard
+
     mesh = init_device_mesh(device.type, (ranks()[1],))
     for stack in [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)][::-1]:
         for layer in stack:
@@ -107,6 +107,10 @@ def shard(model: torch.nn.Module, device: torch.device) -> None:
 
 def whole(x: Tensor) -> Tensor:
     """A tensor that may be divided among the ranks, which all have to ask for it; on the CPU if it was."""
+    if ranks()[1] == 1:
+        return x
+    from torch.distributed.tensor import DTensor
+
     return x.full_tensor().cpu() if isinstance(x, DTensor) else x
 
 

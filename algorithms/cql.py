@@ -184,7 +184,7 @@ def critic_loss(
 def critic_grads(
     critics: Params, wanted: Tensor, taken: Tensor, logprobs: Tensor, batch: Batch, weight: Tensor
 ) -> tuple[Params, dict[str, Tensor]]:
-    """Gradients of `critic_loss`, and tensors to log.
+    """Gradients of `critic_loss`, whose arguments these are, and its () tensors to log.
 
     On a CPU the mean of a few states' at a time, whose 3N + 1 actions each have activations that stay in its cache.
     """

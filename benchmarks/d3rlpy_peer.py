@@ -1,29 +1,35 @@
 """d3rlpy's algorithms with rl_lab's hyper-parameters on a D4RL file; a line "SPS: ..." after every MARK gradient steps.
 
-    d3rlpy_peer.py iql|td3_bc|cql|bc FILE STEPS MARK cpu|cuda
+    d3rlpy_peer.py iql|td3_bc|cql|bc FILE STEPS MARK cpu|cuda [SEED FOLDER]
 
-Runs in d3rlpy's own environment, so that nothing of rl_lab is imported here. It writes its logs, as ours does.
+With FOLDER the policy's weights are in FOLDER/STEP.npz after as many. Runs in d3rlpy's own environment, so that nothing
+of rl_lab is imported here. It writes its logs, as ours does.
 """
 
 from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import d3rlpy
 import h5py
+import numpy as np
 import torch
 from d3rlpy.models.encoders import VectorEncoderFactory
+from d3rlpy.optimizers import AdamFactory
+from d3rlpy.optimizers.lr_schedulers import CosineAnnealingLRFactory
 from d3rlpy.preprocessing import StandardObservationScaler
 
 NETWORK = VectorEncoderFactory([256, 256])
 
 
-def learner(algo: str) -> Any:
+def learner(algo: str, steps: int) -> Any:
     """The algorithm with batches of 256 and networks of 256-256."""
     both = {"actor_encoder_factory": NETWORK, "critic_encoder_factory": NETWORK, "batch_size": 256}
     if algo == "iql":
+        both["actor_optim_factory"] = AdamFactory(lr_scheduler_factory=CosineAnnealingLRFactory(T_max=steps))
         return d3rlpy.algos.IQLConfig(value_encoder_factory=NETWORK, expectile=0.7, weight_temp=3.0, **both)
     scaled = {"observation_scaler": StandardObservationScaler()}
     if algo == "td3_bc":
@@ -34,18 +40,23 @@ def learner(algo: str) -> Any:
 
 
 def main() -> None:
-    algo, path, steps, mark, device = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
+    algo, path, steps, mark, device, *rest = sys.argv[1:]
     torch.set_num_threads(1)
     with h5py.File(path) as file:
         names = ("observations", "actions", "rewards", "terminals", "timeouts")
         data = d3rlpy.dataset.MDPDataset(*(file[name][()] for name in names))
+    if rest:
+        d3rlpy.seed(int(rest[0]))
     begin = time.time()
-    learner(algo).create(device=f"{device}:0").fit(
-        data,
-        n_steps=steps,
-        n_steps_per_epoch=mark,
-        show_progress=False,
-        epoch_callback=lambda _, epoch, step: print("SPS:", int(step / (time.time() - begin)), flush=True),
+
+    def told(model: Any, epoch: int, step: int) -> None:
+        if rest:
+            weights = model.impl.policy.state_dict()
+            np.savez(Path(rest[1], f"{step}.npz"), **{name: x.numpy(force=True) for name, x in weights.items()})
+        print("SPS:", int(step / (time.time() - begin)), flush=True)
+
+    learner(algo, int(steps)).create(device=f"{device}:0").fit(
+        data, n_steps=int(steps), n_steps_per_epoch=int(mark), show_progress=False, epoch_callback=told
     )
 
 

@@ -31,7 +31,8 @@ from benchmarks.report import machine, publish
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = (
-    "torch", "numpy", "gymnasium", "mujoco", "ale-py", "stable-baselines3", "tensorboard", "transformers", "trl",
+    "torch", "numpy", "gymnasium", "mujoco", "ale-py", "stable-baselines3", "d3rlpy", "tensorboard", "transformers",
+    "trl",
 )  # fmt: skip
 
 

@@ -133,8 +133,9 @@ class BaseRun:
         if ended():
             print(f"{self.logs.folders[0]} is finished: {first * steps} steps")
         else:
-            for folder in self.logs.folders:  # of a run that is prolonged
-                (folder / "model.safetensors").unlink(missing_ok=True)
+            for folder in self.logs.folders:
+                for name in ("model.safetensors", "verdict.json"):  # of a run that is prolonged
+                    (folder / name).unlink(missing_ok=True)
         if self.args.total_steps != self.logs.config["total_timesteps"]:  # here, as a subclass may refuse to go on
             self.logs.prolong(self.args.total_steps)
 

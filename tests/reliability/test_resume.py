@@ -334,9 +334,12 @@ def test_a_run_without_annealing_can_be_prolonged(lab: Lab, tmp_path: Path) -> N
     flags = ["--num-seeds", 2, "--no-anneal-lr"]
     long = record(lab.trained(tmp_path / "long", *flags, "--total-timesteps", 640))
     folders = lab.trained(tmp_path / "short", *flags)
+    for folder in folders:
+        (folder / "verdict.json").write_text("{}")
     ended = lab.run("--resume", folders[1], "--total-timesteps", 640, before=WRITES.format(moment=14))
     assert ended.status == -signal.SIGKILL
-    assert not any((folder / "model.safetensors").exists() for folder in folders)  # or it would pass for the new one
+    old = ("model.safetensors", "verdict.json")  # which would pass for the new ones
+    assert not any((folder / name).exists() for folder in folders for name in old)
     assert lab.run("--resume", folders[1]).status == 0  # the longer aim is remembered
     assert record(folders) == long
     for folder in folders:

@@ -32,7 +32,7 @@ from rl_lab.curves import plot, store
 from rl_lab.curves.compare import MARGINS, Equivalence, equivalence, in_units
 from rl_lab.curves.statistics import Floats
 from rl_lab.curves.store import Run
-from rl_lab.curves.summary import RESULTS, insert, interval, keep
+from rl_lab.curves.summary import RESULTS, insert, interval, keep, note_of
 
 NAMES = {"bc": "BC", "td3_bc": "TD3+BC", "iql": "IQL", "cql": "CQL", "awac": "AWAC"}
 FOLDER = RESULTS / "offline"
@@ -92,7 +92,7 @@ def judge_all(folder: Path) -> dict[str, dict[str, Cell]]:
     """Every result kept, by data set and algorithm."""
     found: dict[str, dict[str, Cell]] = {}
     for data in sorted(path for path in folder.iterdir() if path.is_dir()):
-        kept = {path: store.provenance(path) for path in sorted(data.glob("*__*.csv.gz"))}
+        kept = {path: note_of(path) for path in sorted(data.glob("*__*.csv.gz"))}
         notes = {note["algo"]: note for note in kept.values()}
         scores = {note["algo"]: last_scores(store.load(path), note) for path, note in kept.items()}
         found[data.name] = {}
@@ -183,7 +183,7 @@ def place(runs: list[Run]) -> Path:
     margin(config, last_scores(runs, config))
     folder = FOLDER / store.set_name(str(data["name"]))
     for kept in folder.glob("*__*.csv.gz"):
-        note = store.provenance(kept)
+        note = note_of(kept)
         budget, new = ((len(of["seeds"]), of["total_timesteps"]) for of in (note, config))
         if note["algo"] == runs[0].algo and budget != new:
             told = "{} seeds × {:,} gradient steps, {} is of {} × {:,}".format(*budget, first, *new)

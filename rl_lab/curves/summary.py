@@ -21,6 +21,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -93,11 +94,18 @@ def _replace(path: Path, content: bytes) -> None:
     path.with_suffix(".new").replace(path)
 
 
+def note_of(path: Path) -> dict[str, Any]:
+    """How the results kept in `path` came about. ValueError if its JSON file is gone."""
+    if note := store.provenance(path):
+        return note
+    raise ValueError(f"{path} lies without the JSON file kept beside it: put that back, or keep the runs anew")
+
+
 def judge_all(folder: Path) -> list[Result]:
     """Every result kept in a folder against CleanRL's."""
     results = []
     for path in sorted(folder.glob("*__*.csv.gz")):
-        note = store.provenance(path)
+        note = note_of(path)
         runs = [dataclasses.replace(run, config=note) for run in store.load(path)]
         results.append(judge(runs, find_reference("cleanrl", note["script"], note["env"])))
     return results

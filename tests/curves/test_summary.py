@@ -178,6 +178,9 @@ def test_the_command_replaces_what_stands_between_the_markers(here: Path, capsys
     summary.main("ppo")  # which ends no recipe: the results are kept, and the next environment's turn comes
     assert "README.md has no place for this table: the lines <!-- results:ppo -->" in capsys.readouterr().err
     assert readme.read_text() == "no markers\n"
+    next((here / "runs/results/ppo").glob("*.json")).unlink()
+    with pytest.raises(SystemExit, match=r"summary: .*ppo__CartPole-v1.csv.gz lies without the JSON file"):
+        summary.main("ppo")
 
 
 def test_an_id_with_a_slash_is_kept_and_judged(here: Path) -> None:

@@ -41,9 +41,9 @@ READING = """
 
 IQM of D4RL's normalized scores over seeds, with its 95 % interval: the last parameters, 100 episodes of likeliest
 actions; seeds × gradient steps. The verdict and P, the chance that a run is above one of BC, are against BC on the same
-data ([how](docs/offline.md)). In parentheses CORL's score after a million gradient steps on D4RL's set of this name.
-The lab's sets are other data, which makes it context only; a row of D4RL's own file (…-v2), trained as long, says
-whether CORL's score is within our interval.
+data ([how](docs/offline.md)). In parentheses CORL's score after a million gradient steps on D4RL's set of this name
+(-v2), then d3rlpy's after as many as ours (-v0). The lab's sets are other data, which makes them context only; a row of
+D4RL's own file (…-v2), trained as long, says whether CORL's score is within our interval.
 [runs/results/offline](runs/results/offline) has every episode; where files are removed there, `runs/offline.sh` makes
 them again."""
 
@@ -105,11 +105,15 @@ def judge_all(folder: Path) -> dict[str, dict[str, Cell]]:
     return found
 
 
-def published() -> dict[tuple[str, str], str]:
-    """CORL's figures by algorithm and D4RL's data set."""
-    with (store.REFERENCE / "published_offline.csv").open(encoding="utf-8") as file:
-        next(file)  # the source
-        return {(row["algo"], row["dataset"]): row["mean"] for row in csv.DictReader(file)}
+def published() -> dict[tuple[str, str, int], float]:
+    """CORL's and d3rlpy's scores by algorithm, D4RL's data set (of CORL -v2, of d3rlpy -v0) and gradient steps."""
+    found = {}
+    for name, million in (("published_offline.csv", 1_000_000), ("curves_offline.csv", 0)):
+        with (store.REFERENCE / name).open(encoding="utf-8") as file:
+            next(file)  # the source
+            for row in csv.DictReader(file):
+                found[row["algo"], row["dataset"], million or int(row["gradient_step"])] = float(row["mean"])
+    return found
 
 
 def table(results: dict[str, dict[str, Cell]]) -> str:
@@ -119,14 +123,16 @@ def table(results: dict[str, dict[str, Cell]]) -> str:
     for data, row in results.items():
         cells = [data]
         named = data.replace("_", "-")  # D4RL's files are hopper_medium_replay-v2.hdf5
-        namesake = re.sub(r"^.*?((?:halfcheetah|hopper|walker2d)-.+)-v\d+$", r"\1-v2", named)
+        namesake = re.sub(r"^.*?((?:halfcheetah|hopper|walker2d)-.+)-v\d+$", r"\1", named)
         for algo in shown:
-            known, told = theirs.get((algo, namesake)), ""
-            if known and algo in row and named == namesake and comparable(row[algo]):
+            known = theirs.get((algo, f"{namesake}-v2", 1_000_000))
+            told = [] if known is None else [f"{known:.1f}"]
+            if known is not None and algo in row and named == f"{namesake}-v2" and comparable(row[algo]):
                 _, low, high = map(float, interval(row[algo].scores))
-                told = ", within" if low <= float(known) <= high else ", outside"
-            bracket = f" ({float(known):.1f}{told})" if known else ""
-            cells.append((_cell(row[algo]) if algo in row else "–") + bracket)
+                told[0] += ", within" if low <= known <= high else ", outside"
+            as_long = theirs.get((algo, f"{namesake}-v0", row[algo].steps)) if algo in row else None
+            told += [] if as_long is None else [f"{as_long:.1f}"]
+            cells.append((_cell(row[algo]) if algo in row else "–") + (f" ({'; '.join(told)})" if told else ""))
         rows.append(cells)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows) + READING
 

@@ -60,7 +60,8 @@ def test_scores_and_verdicts(tmp_path: Path) -> None:
     line = offline.table({"lab-hopper-medium-v0": row}).splitlines()[2]
     assert line.startswith("| lab-hopper-medium-v0 | 50.0 [")
     assert "5 × 50k (53.5) |" in line  # CORL's BC on hopper-medium-v2
-    assert ": better, P 1.00 (67.5)" in line and ": worse, P 0.00 (59.1)" in line
+    told = ": better, P 1.00 (67.5; 32.2)", ": worse, P 0.00 (59.1; 42.6)"  # then d3rlpy's on hopper-medium-v0, as long
+    assert all(cell in line for cell in told)
 
 
 def test_margins_are_in_points_of_the_score(tmp_path: Path) -> None:
@@ -83,7 +84,7 @@ def test_d4rls_own_file_is_held_against_corl(tmp_path: Path) -> None:
     keep(tmp_path, "cql", [20.0, 20.1, 20.2], name)
     (line,) = offline.table(offline.judge_all(tmp_path)).splitlines()[2:3]
     assert "(53.5, within)" in line and "(67.5, outside)" in line and line.count("side)") == 1
-    assert "(60.4)" in line and "(59.1)" in line
+    assert "(60.4)" in line and "(59.1; 42.6)" in line  # no seconds and more of d3rlpy's after a million
 
 
 def run_folder(folder: Path, data: str, episodes: int, steps: int = 50000, **args: Any) -> Path:

@@ -16,6 +16,13 @@ python=${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo py
 
 failed=() budget=${STEPS:-}${SEEDS:-}
 finished() { local folder; for folder; do [[ -f $folder/model.safetensors ]] || return; done; }
+same_data() {  # same_data TASK/SET: whether what is kept is of the data that lie here, as far as they can be read
+    local kept sum
+    mapfile -t kept < <(compgen -G "runs/results/offline/lab-${1/\//-}-v0/*.json" || true)
+    ((${#kept[@]})) || return 0
+    sum=$("$python" -c "from rl_lab.offline import load; print(load('lab/$1-v0').checksum)" 2> /dev/null) || return 0
+    ! grep -L "$sum" "${kept[@]}" | grep -q .
+}
 
 for name in "${sets[@]}"; do
     task=${name%%-*} set=${name#*-}
@@ -29,6 +36,10 @@ for name in "${sets[@]}"; do
             echo "results are kept; to train again remove runs/results/offline/lab-$task-$set-v0/${algo}__* and $folder"
             continue
         fi
+        if [[ -z $budget ]] && ! same_data "$task/$set"; then
+            failed+=("$algo on $name: runs/results/offline/lab-$task-$set-v0 is of other data of this name, remove it first")
+            continue
+        fi
         steps=50000 seeds=5
         [[ $algo == cql ]] && steps=40000 seeds=3
         mapfile -t folders < <(compgen -G "$folder/*__${algo}__*" || true)
@@ -38,9 +49,10 @@ for name in "${sets[@]}"; do
         # One that diverges does so again when resumed; the others go on.
         if ((${#folders[@]} > 0)) && finished "${folders[@]}" || "$python" -m "rl_lab.$algo" "${training[@]}"; then
             mapfile -t folders < <(compgen -G "$folder/*__${algo}__*")
-            [[ -n $budget ]] || "$python" -m rl_lab.curves.offline "${folders[@]}"
+            [[ -n $budget ]] || "$python" -m rl_lab.curves.offline "${folders[@]}" || failed+=("keeping $algo on $name")
         else
-            (($? < 128)) || exit 130  # stopped by a signal
+            status=$?
+            ((status != 130 && status != 143)) || exit "$status"  # somebody stopped it
             failed+=("$algo on $name")
         fi
     done

@@ -30,7 +30,7 @@ BOOKKEEPING = {
     f"--{name}"
     for name in ("env", "seed", "num-seeds", "total-timesteps", "stop-at", "until-return", "resume", "runs-dir",
                  "device", "torch-threads", "env-threads", "backend", "compile", "no-compile", "log-every",
-                 "checkpoint-every", "eval-every", "eval-episodes", "replay-folder", "dataset", "semantics")
+                 "checkpoint-every", "eval-every", "eval-episodes", "replay-folder", "dataset", "scores", "semantics")
 }  # fmt: skip
 EXIT_CODES = {"better": 0, "match": 0, "worse": 1, "underpowered": 2, "informative": 2, "no reference": 3}
 
@@ -390,12 +390,12 @@ def _notes(ours: Sequence[Run], reference: Reference) -> list[str]:
     if differing:
         notes.append(f"our runs differ among themselves in {', '.join(differing)}")
     own = all(run.config for run in reference.runs) and reference.runs
-    if (flags := _flags(ours[0].config.get("command", ""))) and not own:
+    if (flags := flags_of(ours[0].config.get("command", ""))) and not own:
         notes.append(f"ours were trained with {flags}, which the reference may not have had")
     return notes
 
 
-def _flags(command: str) -> str:
+def flags_of(command: str) -> str:
     """The flags of a training command which say what is learned, as they were given."""
     found, keep = [], False
     for word in shlex.split(command):

@@ -29,7 +29,7 @@ import tyro
 from matplotlib.figure import Figure
 
 from rl_lab.curves import plot, store
-from rl_lab.curves.compare import MARGINS, Equivalence, equivalence, in_units
+from rl_lab.curves.compare import MARGINS, Equivalence, equivalence, flags_of, in_units
 from rl_lab.curves.statistics import Floats
 from rl_lab.curves.store import Run
 from rl_lab.curves.summary import RESULTS, insert, interval, keep, note_of
@@ -91,7 +91,7 @@ def margin(note: dict[str, Any], scores: Floats) -> float:
 def judge_all(folder: Path) -> dict[str, dict[str, Cell]]:
     """Every result kept, by data set and algorithm."""
     found: dict[str, dict[str, Cell]] = {}
-    for data in sorted(path for path in folder.iterdir() if path.is_dir()):
+    for data in sorted({path.parent for path in folder.glob("*/*__*.csv.gz")}):
         kept = {path: note_of(path) for path in sorted(data.glob("*__*.csv.gz"))}
         notes = {note["algo"]: note for note in kept.values()}
         scores = {note["algo"]: last_scores(store.load(path), note) for path, note in kept.items()}
@@ -184,8 +184,8 @@ def place(runs: list[Run]) -> Path:
         raise ValueError(f"{first} has not learned from a data set; rl_lab.curves.summary keeps others")
     if runs[0].algo not in NAMES:
         raise ValueError(f"{first} is of {runs[0].algo}; the table has {', '.join(NAMES)}")
-    if config["args"].get("fraction", 1.0) != 1.0:
-        raise ValueError(f"{first} learned from a part of the data (--fraction); the table's BC learns from all")
+    if flags := flags_of(config.get("command", "")):
+        raise ValueError(f"{first} was trained with {flags}; the table is of the defaults, rl_lab.compare judges it")
     margin(config, last_scores(runs, config))
     folder = FOLDER / store.set_name(str(data["name"]))
     for kept in folder.glob("*__*.csv.gz"):
@@ -212,9 +212,9 @@ def main(runs: tyro.conf.Positional[tuple[Path, ...]] = ()) -> None:
         if runs:
             loaded = [run for path in runs for run in store.load(path)]
             print(keep(loaded, place(loaded)))
-        if not FOLDER.is_dir():
-            raise ValueError(f"{FOLDER} keeps no results: name run folders")
         results = judge_all(FOLDER)
+        if not results:
+            raise ValueError(f"{FOLDER} keeps no results: name run folders")
         (RESULTS / "offline.png").write_bytes(plot.png(draw(results)))
         print(table(results))
         if Path("README.md").is_file():

@@ -8,8 +8,8 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -87,14 +87,15 @@ def test_d4rls_own_file_is_held_against_corl(tmp_path: Path) -> None:
     assert "(60.4)" in line and "(59.1; 42.6)" in line  # no seconds and more of d3rlpy's after a million
 
 
-def run_folder(folder: Path, data: str, episodes: int, steps: int = 50000, **args: Any) -> Path:
+def run_folder(folder: Path, data: str, episodes: int, steps: int = 50000, flags: str = "") -> Path:
     """A run of IQL whose last evaluation has so many episodes, after so many of 50,000 gradient steps."""
     run = folder / "Hopper-v4__iql__1__1"
     run.mkdir(exist_ok=True)
     rows = ["global_step,episodic_return,episodic_length", *["10000,0,9"] * 90, *[f"{steps},3234,9"] * episodes, ""]
     (run / "episodes.csv.gz").write_bytes(gzip.compress("\n".join(rows).encode()))
     config = {"env": "Hopper-v4", "algo": "iql", "seed": 1, "seeds": [1], "total_timesteps": 50000, "semantics": ""}
-    config |= {"group": [run.name], "command": "", "args": {"runs_dir": "runs", **args}, "action_space": "Box"}
+    command = f"python -m rl_lab.iql --dataset lab/hopper/medium-v0 --scores 0 3234 --num-seeds 1 {flags}"
+    config |= {"group": [run.name], "command": command, "args": {"runs_dir": "runs"}, "action_space": "Box"}
     config |= {"data": {"name": "lab/hopper/medium-v0", "scores": SCORES, "checksum": data}}
     (run / "config.json").write_text(json.dumps(config))
     return run
@@ -106,7 +107,7 @@ def test_what_cannot_stand_in_the_table_is_not_kept(tmp_path: Path, monkeypatch:
     for given, message in (
         ({"episodes": 20}, r"\(seed 1\) has 20 episodes after step 50,000, its last; the table takes 100"),
         ({"episodes": 100, "steps": 12000}, "has 0 episodes after step 50,000"),
-        ({"episodes": 100, "fraction": 0.1}, r"learned from a part of the data \(--fraction\)"),
+        ({"episodes": 100, "flags": "--beta 0"}, "was trained with --beta 0; the table is of the defaults"),
     ):
         with pytest.raises(SystemExit, match=message):
             offline.main((run_folder(tmp_path, "a", **given),))
@@ -159,6 +160,7 @@ def test_from_a_data_set_to_the_table(source: str, tmp_path: Path, monkeypatch: 
         collect(Args(dataset=name, env="HalfCheetah-v4", random=True, steps=60))
     Path("README.md").write_text("<!-- results:offline -->\n<!-- /results:offline -->\n")
     flags = ["--dataset", name, "--total-timesteps=20", "--log-every=10", "--batch-size=8", "--num-seeds=2"]
+    monkeypatch.setattr(sys, "orig_argv", ["python"])  # where the run takes its command from, which is this test's
     for algorithm in (bc, cql):
         monkeypatch.setattr(algorithm, "HIDDEN", (8, 8))
         args = cli.parse([*flags, "--no-compile", "--device=cpu"], algorithm.Args, algorithm.defaults)
@@ -174,11 +176,12 @@ def test_from_a_data_set_to_the_table(source: str, tmp_path: Path, monkeypatch: 
 
 RECIPE = Path(__file__).parents[2] / "runs/offline.sh"
 STUB = """#!/usr/bin/env bash
-# Stands for Python: what is called, and a run folder of each of two seeds, the first time an unfinished one; a training
-# of what `diverge` names fails.
+# Stands for Python: what is called, and a run folder of each of two seeds, the first time an unfinished one; what
+# `diverge` names is killed, as if memory were short. The data's checksum is "b".
+[[ $1 != -c ]] || { echo b; exit; }
 echo "$@" >> calls
+[[ $2 != "$(cat diverge 2> /dev/null)" ]] || kill -9 $$
 [[ $2 == rl_lab.curves.offline ]] && exit
-[[ $2 != "$(cat diverge 2> /dev/null)" ]] || exit 1
 while (($#)); do [[ $1 == --runs-dir ]] && folder=$2; shift; done
 for seed in 1 2; do
     run=${folder:-runs/bc/hopper-medium}/Hopper-v4__bc__${seed}__1
@@ -227,6 +230,13 @@ def test_the_recipe_goes_on_and_keeps_what_it_went_on_with(tmp_path: Path) -> No
     (tmp_path / "diverge").write_text("rl_lab.iql")
     failed, training, keeping = calls(status=1, says="failed: iql on hopper-medium", ALGORITHMS="iql td3_bc")
     assert "rl_lab.iql" in failed and "rl_lab.td3_bc" in training and "rl_lab.curves.offline" in keeping
+    (tmp_path / "diverge").write_text("rl_lab.curves.offline")
+    assert len(calls(status=1, says="failed: keeping td3_bc on hopper-medium", ALGORITHMS="td3_bc awac")) == 4
+    (kept / "bc__Hopper-v4.json").write_text('{"data": {"checksum": "a"}}')
+    told = "failed: td3_bc on hopper-medium: runs/results/offline/lab-hopper-medium-v0 is of other data"
+    assert calls(status=1, says=told, ALGORITHMS="td3_bc") == []
+    (kept / "bc__Hopper-v4.json").write_text('{"data": {"checksum": "b"}}')
+    assert len(calls(status=1, ALGORITHMS="td3_bc")) == 2
 
 
 def test_other_runs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,11 +17,11 @@ python=${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo py
 failed=() budget=${STEPS:-}${SEEDS:-}
 finished() { local folder; for folder; do [[ -f $folder/model.safetensors ]] || return; done; }
 same_data() {  # same_data TASK/SET: whether what is kept is of the data that lie here, as far as they can be read
-    local kept sum
+    local kept note sum
     mapfile -t kept < <(compgen -G "runs/results/offline/lab-${1/\//-}-v0/*.json" || true)
     ((${#kept[@]})) || return 0
     sum=$("$python" -c "from rl_lab.offline import load; print(load('lab/$1-v0').checksum)" 2> /dev/null) || return 0
-    ! grep -L "$sum" "${kept[@]}" | grep -q .
+    for note in "${kept[@]}"; do grep -q "$sum" "$note" || return 1; done
 }
 
 for name in "${sets[@]}"; do

@@ -73,6 +73,9 @@ class Args(OfflineArgs):
         for name in ("policy_lr", "q_lr", "alpha"):
             self.require(name, 0 < getattr(self, name) < math.inf, "finite and above 0")
         self.require("cql_alpha", 0 <= self.cql_alpha < math.inf, "finite and 0 or more")
+        self.require(
+            "cql_alpha", self.cql_alpha > 0 or not self.lagrange, "above 0 with --lagrange, which multiplies it"
+        )
         self.require("target_action_gap", math.isfinite(self.target_action_gap), "finite")
         used = self.lagrange or self.target_action_gap == Args.target_action_gap
         self.require("target_action_gap", used, "left out without --lagrange")
@@ -286,9 +289,7 @@ def train(args: Args) -> Run:
 def policy(params: Agent, normalizer: Any, inputs: Inputs, noise: Tensor | None, actions: Actions) -> Tensor:
     """Actions of a trained agent for the environment; `noise` None for the mean before squashing."""
     mean, logstd = gaussian(params["actor"], standardize(normalizer, inputs["obs"]))
-    if noise is None:
-        return scaled(mean.tanh(), actions)
-    return squashed_sample(mean, logstd, noise, actions)[0]
+    return scaled(mean.tanh(), actions) if noise is None else squashed_sample(mean, logstd, noise, actions)[0]
 
 
 def defaults(env_id: str) -> Args:

@@ -428,6 +428,7 @@ def test_discrete_actions_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path:
     ("flags", "message"),
     [
         ({"cql_alpha": -1.0}, "--cql-alpha -1.0 must be finite and 0 or more"),
+        ({"cql_alpha": 0.0, "lagrange": True}, "--cql-alpha 0.0 must be above 0 with --lagrange"),
         ({"alpha": 0.0}, "--alpha 0.0 must be finite and above 0"),
         ({"policy_lr": 0.0}, "--policy-lr 0.0 must be finite and above 0"),
         ({"q_lr": math.inf}, "--q-lr inf must be finite and above 0"),

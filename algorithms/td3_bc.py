@@ -149,8 +149,8 @@ def train(args: Args) -> Run:
     if run.saved:
         agent, target, opts = on_device([run.saved[name] for name in ("params", "target", "opts")], env.device)
 
-    metrics: dict[str, Tensor] = {}
     for gradient_steps in run.intervals():
+        metrics: dict[str, Tensor] = {}
         for i, batch in gradient_steps:
             noise = torch.stack([draw_noise(actions, (args.batch_size,), g) for g in generators])
             learner = learners[(i + 1) % args.policy_frequency > 0]

@@ -431,13 +431,18 @@ def _sha256(*paths: Path) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; every expected fault ends in one line and exit status 1 (2 for flags)."""
     args = tyro.cli(Args, prog="python -m rl_lab.collect", args=argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def stop(number: int, _: object) -> None:
+        raise KeyboardInterrupt(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     try:
         torch.set_num_threads(1)  # fastest for small networks
         print(collect(args))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         print("interrupted: nothing was recorded", file=sys.stderr)
-        raise SystemExit(128 + signal.SIGINT) from None
+        raise SystemExit(128 + stopped.args[0]) from None
     except (ValueError, OSError, ModuleNotFoundError) as error:
         raise SystemExit(f"error: {error}") from None
 

@@ -512,26 +512,32 @@ def interrupted(*_: Any) -> Iterator[tuple[dict[str, Any], bool]]:
         yield episode
 
 
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """Puts back what the command makes of signals."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("handlers")
 def test_an_interruption_leaves_the_old_or_nothing(
     root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["--dataset", ID, "--env", "Pendulum-v1", "--random", "--steps", "800", "--num-envs", "2"]
     monkeypatch.setattr(module, "WRITE_STEPS", 1)  # so that some are written already
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        with monkeypatch.context() as patch:
-            patch.setattr(module, "episodes", interrupted)
-            with pytest.raises(SystemExit) as exit:
-                main(command)
-        assert exit.value.code == 130 and "interrupted: nothing was recorded" in capsys.readouterr().err
-        assert files(root) == []
-        main(command)
-        assert f"{ID}: 800 steps" in capsys.readouterr().out
-        monkeypatch.setattr(module, "episodes", interrupted)
-        with pytest.raises(SystemExit):
-            main([*command, "--seed", "1", "--overwrite"])
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "episodes", interrupted)
+        with pytest.raises(SystemExit) as exit:
+            main(command)
+    assert exit.value.code == 143 and "interrupted: nothing was recorded" in capsys.readouterr().err
+    assert files(root) == []
+    main(command)
+    assert f"{ID}: 800 steps" in capsys.readouterr().out
+    monkeypatch.setattr(module, "episodes", interrupted)
+    with pytest.raises(SystemExit):
+        main([*command, "--seed", "1", "--overwrite"])
     assert (recorded(ID).total_steps, recorded(ID).storage.metadata["rl_lab"]["seed"]) == (800, 0)
     assert files(root) == WHOLE
 
@@ -592,13 +598,10 @@ def test_refusals(changes: dict[str, Any], message: str, root: Path) -> None:
     assert not root.exists() or files(root) == []
 
 
-def test_faults_end_in_one_line(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        with pytest.raises(SystemExit, match=r"^error: .*nowhere\.zip'?$"):
-            main(["--dataset", ID, "--env", "Pendulum-v1", "--sb3", "nowhere.zip"])
-    finally:
-        signal.signal(signal.SIGTERM, before)
+@pytest.mark.usefixtures("handlers")
+def test_faults_end_in_one_line(root: Path) -> None:
+    with pytest.raises(SystemExit, match=r"^error: .*nowhere\.zip'?$"):
+        main(["--dataset", ID, "--env", "Pendulum-v1", "--sb3", "nowhere.zip"])
     assert files(root) == []
 
 

@@ -117,7 +117,8 @@ def train(args: Args) -> Run:
             params, opt, metrics = learner(params, target, opt, batch)
             if (i + 1) % args.target_network_frequency == 0:
                 target = polyak(target, params, 1.0)
-        # At the minimum of the loss Q is above its target by alpha at most, and by 1 where Huber's slope ends.
+        # At the minimum of the loss Q is above its target by alpha at most, if that is below Huber's greatest slope, 1;
+        # else maybe by more, but not above the highest of the targets: the gap's slopes over actions sum to 0.
         run.log_losses(metrics, min(args.cql_alpha, 1.0))
         if run.episodes_due:
             test_env = make(args.env, args.evaluation_seeds, run.episodes_due, *args.make_options)

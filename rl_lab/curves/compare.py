@@ -57,11 +57,12 @@ class Result:
 
     Attributes:
         verdict: a key of EXIT_CODES.
-        budget, whole: env steps up to which the finding holds, and of the runs' whole budget.
+        budget, whole: steps up to which the finding holds, and of the runs' whole budget.
+        unit: of a step.
         tests: the final score and the normalised area; empty where there are no per-seed logs.
         scores, areas: statistic of each run, by side ("ours", "reference").
         curves: (R, G) learning curves on the common grid, by side.
-        start: grid point at which the reference leaves its starting level.
+        start: grid point at which the reference leaves its starting level, on data that of the first evaluation.
         notes: informative findings and what a reader has to know about the inputs.
     """
 
@@ -76,6 +77,7 @@ class Result:
     scores: dict[str, Floats]
     areas: dict[str, Floats]
     curves: dict[str, Floats]
+    unit: str = "environment steps"
     start: int = 0
     margin_reason: str = ""
     tests: list[Equivalence] = field(default_factory=list)
@@ -145,11 +147,14 @@ def common_budget(runs: Sequence[Run]) -> int:
     Raises:
         ValueError: if budgets differ.
     """
-    budgets = {run.total_timesteps for run in runs if run.total_timesteps}
+    budgets = {run.total_timesteps: run.path for run in runs if run.total_timesteps}
     if len(budgets) > 1:
-        raise ValueError(f"the budgets differ, {sorted(budgets)} steps: compare runs with equal --total-timesteps")
-    budget = budgets.pop() if budgets else int(max(run.steps[-1] for run in runs))
-    return budget
+        told = ", ".join(f"{budget:,} steps of {path}" for budget, path in sorted(budgets.items()))
+        raise ValueError(
+            f"the budgets differ, {told}: compare runs with equal --total-timesteps; one that was stopped, as by "
+            "--stop-at, is compared as far as it was run"
+        )
+    return next(iter(budgets), None) or int(max(run.steps[-1] for run in runs))
 
 
 def require_finished(runs: Sequence[Run], budget: int) -> None:
@@ -213,6 +218,7 @@ def judge(ours: Sequence[Run], reference: Reference, margin: str | None = None, 
         if runs:
             scores[side] = np.array([_score(run) for run in runs])
             curves[side] = np.stack([statistics.on_grid(run.steps, run.returns, budget) for run in runs])
+    offline = "data" in {**first.config, **store.provenance(first.path)}
     base = Result(
         env=first.env,
         algo=first.algo,
@@ -221,6 +227,7 @@ def judge(ours: Sequence[Run], reference: Reference, margin: str | None = None, 
         reference=reference.name,
         budget=budget,
         whole=whole,
+        unit="gradient steps" if offline else "environment steps",
         seeds={side: [run.seed for run in runs] for side, runs in sides.items()},
         scores=scores,
         areas={side: statistics.normalised_area(curve) for side, curve in curves.items()},
@@ -239,17 +246,20 @@ def judge(ours: Sequence[Run], reference: Reference, margin: str | None = None, 
         if reference.curve is not None:
             base.notes.extend(_curve_findings(curves["ours"], reference.curve, budget))
         known = reference.curve is not None or any(note.startswith("published") for note in base.notes)
+        if offline and not known:
+            base.notes.append("CleanRL learns from no data sets: --reference RUN_FOLDER, such as one of rl_lab.bc")
         return dataclasses.replace(base, verdict="informative" if known else "no reference")
 
     score_margin, area_margin, reason = declared_margin(first.env, margin)
     units = in_units(score_margin, scores["reference"])
-    # Of a run on data the first evaluation is of what has learned already, not a starting level.
-    offline = "data" in {**first.config, **store.provenance(first.path)}
-    start = 0 if offline else statistics.departure(statistics.iqm(curves["reference"], axis=0), units)
+    if offline:  # the first evaluation is of what has learned already, not a starting level
+        start = min(statistics.GRID - 1, int(max(run.steps[0] for run in ours + theirs) * statistics.GRID / budget))
+    else:
+        start = statistics.departure(statistics.iqm(curves["reference"], axis=0), units)
     if start == statistics.GRID:
         base.notes.append("uninformative: the reference never leaves its starting level, so equal returns show nothing")
         return dataclasses.replace(base, verdict="informative", start=start, margin_reason=reason)
-    if start > 1:
+    if start > 1 and not offline:
         base.notes.append(
             f"uninformative up to step {start * budget // statistics.GRID:,}, where the reference has not left its "
             "starting level: the area counts from there"

@@ -68,8 +68,9 @@ def _curves(axes: Axes, result: Result) -> None:
     for side, colour in COLOURS.items():
         if side not in result.curves:
             continue
-        curves = result.curves[side]
-        steps = (np.arange(curves.shape[1]) + 0.5) * result.budget / curves.shape[1]
+        offline = result.unit == "gradient steps"  # before whose first evaluation there is nothing to draw
+        curves = result.curves[side][:, result.start if offline else 0 :]
+        steps = (np.arange(statistics.GRID)[-curves.shape[1] :] + 0.5) * result.budget / statistics.GRID
         band = statistics.iqm_interval(curves.T, np.random.default_rng(0))
         axes.plot(steps, curves.T, color=colour, alpha=0.22, linewidth=0.6)
         if len(curves) > 1:
@@ -79,7 +80,7 @@ def _curves(axes: Axes, result: Result) -> None:
     if 1 < result.start < statistics.GRID:
         axes.axvspan(0, result.start * result.budget / statistics.GRID, color=INK, alpha=0.05, linewidth=0)
     axes.set_xlim(0, result.budget)
-    axes.set_xlabel("environment steps")
+    axes.set_xlabel(result.unit)
     axes.set_ylabel("return")
     axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g}M" if x >= 1e6 else f"{x / 1e3:g}k" if x else "0")
     axes.legend(frameon=False, loc="lower right")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import re
@@ -16,6 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from rl_lab.compare import main
 from rl_lab.curves import build, store
 from rl_lab.curves.compare import Reference, find_reference, in_units, judge
+from rl_lab.curves.plot import draw
 
 BUDGET = 100_000
 EPISODE = 200  # steps; 500 episodes a run
@@ -257,7 +259,21 @@ def test_a_run_on_data_counts_from_its_first_evaluation() -> None:
         ]
 
     result = judge(side(2500, "iql", range(5)), Reference("bc", side(1500, "bc", range(5))))
-    assert result.verdict == "better" and result.start == 0 and len(result.tests) == 2
+    assert result.verdict == "better" and result.start == 20 and len(result.tests) == 2
+    assert result.unit == "gradient steps" and not any("uninformative" in note for note in result.notes)
+    (curves,) = (axes for axes in draw(result).axes if axes.get_xlabel() == "gradient steps")
+    assert {line.get_xdata()[0] for line in curves.get_lines()} == {10_250.0}  # none before anything was played
+
+
+def test_the_area_of_a_run_on_data_leaves_out_what_was_not_played() -> None:
+    """Guards against a first evaluation that counts for all gradient steps before it, in which nothing was played."""
+    learned = {"data": {"name": "lab/hopper/medium-v0"}}
+    steps, returns = np.repeat([25_000.0, 50_000.0], 100), np.repeat([0.0, 100.0], 100)
+    run = store.Run(Path("run"), "Hopper-v4", "iql", 1, steps, returns, 50_000, learned)
+    other = dataclasses.replace(run, steps=np.repeat([10_000.0, 50_000.0], 100))
+    result = judge([run], Reference("other", [other]))
+    assert result.areas["ours"] == pytest.approx(np.linspace(0, 100, 50).mean())  # from the later first one of the two
+    assert result.start == 50
 
 
 @pytest.mark.parametrize(
@@ -286,7 +302,9 @@ def test_refuses_what_is_no_sample(tmp_path: Path, reference: str, capsys: pytes
     assert "seed 1 occurs 2 times" in capsys.readouterr().err
     other = run_folder(tmp_path / "c", 2, total_timesteps=BUDGET + 1)
     assert main([str(first), str(other), "--reference", reference]) == 4
-    assert "the budgets differ, [100000, 100001] steps" in capsys.readouterr().err
+    assert re.search(
+        r"the budgets differ, 100,000 steps of \S+, 100,001 steps of \S+: compare", capsys.readouterr().err
+    )
     for bad in (["--margin", "wide"], ["--margin", "-5"], ["--no-such-flag"]):
         assert main([str(first), "--reference", reference, *bad]) == 4
     assert main([]) == 4

@@ -218,6 +218,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.video:
             check_format(args.video, len(args.runs))
         torch.set_num_threads(1)  # fastest for small networks
+        game = shots(load(args.runs[0]), args.seed) if args.video else None  # first, as it may be what cannot be had
         found: dict[tuple[str, str], list[list[float]]] = {}
         try:
             for run in args.runs:
@@ -236,8 +237,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                     table.add_row(f"mean of {len(rows)} runs, {env_id}", mode, *means, style="bold")
             if found:
                 console.print(table)
-        if args.video:
-            print(film(*shots(policy, args.seed), args.video))
+        if args.video and game:
+            print(film(*game, args.video))
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
 

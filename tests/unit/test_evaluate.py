@@ -257,7 +257,7 @@ def test_a_later_run_s_fault_leaves_the_table(run: Path, tmp_path: Path, capsys:
     assert run.name in capsys.readouterr().out
 
 
-def test_bad_input_is_refused_in_one_line(run: Path, tmp_path: Path) -> None:
+def test_bad_input_is_refused_in_one_line(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def error(*argv: object) -> str:
         with pytest.raises(SystemExit) as stop:
             main([*map(str, argv), "--episodes", "1"])
@@ -269,6 +269,10 @@ def test_bad_input_is_refused_in_one_line(run: Path, tmp_path: Path) -> None:
     assert "must end in .gif or .mp4" in error(run, "--video", "x.avi")
     assert "films one run, not 2" in error(run, run, "--video", "x.gif")
     assert "--seed -1 must be 0 or more" in error(run, "--seed", -1)
+    with monkeypatch.context() as patch:
+        patch.setattr("rl_lab.evaluate.play", lambda *_: pytest.fail("played before it is known that it can be filmed"))
+        patch.setattr("rl_lab.video.gym.make", lambda *_, **__: (_ for _ in ()).throw(ImportError("no pygame")))
+        assert "--video: CartPole-v1 cannot be drawn here: no pygame" in error(run, "--video", "x.gif")
     config = json.loads((run / "config.json").read_text())
     for algo in ("../evil", "sarsa"):
         (run / "config.json").write_text(json.dumps({**config, "algo": algo}))

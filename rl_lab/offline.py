@@ -11,6 +11,7 @@ Nothing is unpickled: both formats hold arrays, spaces are JSON, and no environm
 from __future__ import annotations
 
 import csv
+import difflib
 import hashlib
 import json
 import math
@@ -312,8 +313,15 @@ def _minari_folder(name: str) -> Path:
         raise ValueError(f"{name} is no Minari folder: metadata.json is neither in it nor in its data")
     if not re.fullmatch(r"([-\w]+/)*[-\w]+-v\d+", name):
         raise ValueError(f"{name} is no file, no folder and no Minari id; mujoco/hopper/medium-v0 would be one")
+    local = name.startswith("lab/")  # as `collect` and the recipe name their sets, which no hub has
+    anew = "make it anew, by runs/make_offline_data.sh or rl_lab.collect" if local else f"minari download {name}"
     if home.parent.exists():
-        raise ValueError(f"{home.parent} is incomplete: remove it, then: minari download {name}")
+        raise ValueError(f"{home.parent} is incomplete: remove it, then: {anew}")
+    if local:
+        there = [str(path.parents[1].relative_to(root)) for path in root.glob("**/data/metadata.json")]
+        nearest = difflib.get_close_matches(name, there)
+        hint = f"the nearest there are {', '.join(nearest)}" if nearest else anew
+        raise ValueError(f"{name} is not in {root}: {hint}; or set MINARI_DATASETS_PATH to the folder that has it")
     try:
         require("minari", "offline").download_dataset(name)
     except Exception as error:  # of Minari, its hub and the network, which have no base in common
@@ -363,14 +371,14 @@ def _checked(name: str, source: Source) -> dict[str, Tensor]:
         shape, dtype = kinds.get(key, ((), np.dtype(np.bool_)))
         if column.shape != (count, *shape):
             raise ValueError(
-                f"{name}: {key} has shape {column.shape}, {(count, *shape)} fits the space and the rewards"
+                f"{name}: {key} has shape {column.shape}; {(count, *shape)} fits the space and the {count:,} rewards"
             )
         flags = dtype == np.bool_ and column.dtype.kind in "biuf" and np.isin(column, (0, 1)).all()
         if not flags and not np.can_cast(column.dtype, dtype, "same_kind"):
             raise ValueError(f"{name}: {key} holds {column.dtype} values that are no {dtype}")
         with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite
             x = torch.from_numpy(np.ascontiguousarray(column, dtype))
-        _refuse(name, key, x, ~x.isfinite(), "NaN or infinite")
+        _refuse(name, key, x, ~x.isfinite(), "not finite")
         checked[key] = x
     low, high = (torch.as_tensor(bound, dtype=torch.float64) for bound in _bounds(source.action_space))
     room = ROUNDING * (high - low)

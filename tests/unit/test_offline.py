@@ -275,15 +275,15 @@ def with_value(key: str, value: float) -> dict[str, Any]:
     ("columns", "message"),
     [
         ({"timeouts": None, "rewards": None}, "is no D4RL file: it lacks rewards, timeouts and holds actions"),
-        ({"timeouts": np.zeros(7)}, r"truncated has shape \(7,\), \(8,\) fits"),
-        ({"actions": np.zeros((8, 5))}, r"actions has shape \(8, 5\), \(8, 6\) fits"),
-        ({"observations": np.zeros((8, 11))}, r"obs has shape \(8, 11\), \(8, 17\) fits"),
-        ({"next_observations": np.zeros((8, 16))}, r"next_obs has shape \(8, 16\), \(8, 17\) fits"),
-        ({"rewards": np.zeros((8, 1))}, r"rewards has shape \(8, 1\), \(8,\) fits"),
-        ({"rewards": 1.0}, r"obs has shape \(8, 17\), \(1, 17\) fits"),
-        (with_value("rewards", np.nan), "rewards of step 3 is nan, NaN or infinite"),
-        (with_value("observations", INF), "obs of step 3 is inf, NaN or infinite"),
-        (with_value("observations", 1e39), "obs of step 3 is inf, NaN or infinite"),  # beyond float32
+        ({"timeouts": np.zeros(7)}, r"truncated has shape \(7,\); \(8,\) fits"),
+        ({"actions": np.zeros((8, 5))}, r"actions has shape \(8, 5\); \(8, 6\) fits"),
+        ({"observations": np.zeros((8, 11))}, r"obs has shape \(8, 11\); \(8, 17\) fits"),
+        ({"next_observations": np.zeros((8, 16))}, r"next_obs has shape \(8, 16\); \(8, 17\) fits"),
+        ({"rewards": np.zeros((8, 1))}, r"rewards has shape \(8, 1\); \(8,\) fits"),
+        ({"rewards": 1.0}, r"obs has shape \(8, 17\); \(1, 17\) fits"),
+        (with_value("rewards", np.nan), "rewards of step 3 is nan, not finite"),
+        (with_value("observations", INF), "obs of step 3 is inf, not finite"),
+        (with_value("observations", 1e39), "obs of step 3 is inf, not finite"),  # beyond float32
         (with_value("actions", -1.1), r"actions of step 3 is -1.1, outside of Box\(-1.0, 1.0, \(6,\)"),
         (with_value("terminals", 2), "terminated holds float64 values that are no bool"),
         (with_value("terminals", np.nan), "terminated holds float64 values that are no bool"),
@@ -321,7 +321,7 @@ def test_another_environment_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^--env Walker2d-v4: .* is of HalfCheetah-v4, another task; leave --env out"):
         load(name, env_id="Walker2d-v4")  # with the same spaces
     own = write_d4rl(tmp_path, "mine.hdf5")
-    with pytest.raises(ValueError, match=r"obs has shape \(8, 17\), \(8, 11\) fits"):
+    with pytest.raises(ValueError, match=r"obs has shape \(8, 17\); \(8, 11\) fits"):
         load(own, env_id="Hopper-v4")
     with pytest.raises(ValueError, match="--env HalfCheater-v4 cannot be made: "):
         load(own, env_id="HalfCheater-v4")
@@ -424,6 +424,12 @@ def test_a_missing_set_is_named_with_the_command(home: Path) -> None:
     (home / "mujoco/hopper/medium-v0/data").mkdir(parents=True)  # what an interruption leaves
     with pytest.raises(ValueError, match=r"medium-v0 is incomplete: remove it, then: minari download mujoco/hopper/"):
         load("mujoco/hopper/medium-v0")
+    made = r"make it anew, by runs/make_offline_data.sh or rl_lab.collect; or set MINARI_DATASETS_PATH"
+    with pytest.raises(ValueError, match=rf"lab/hopper/medium-v0 is not in {home}: {made}"):  # without asking a hub
+        load("lab/hopper/medium-v0")
+    write_minari(name="lab/hopper/medium-v0")
+    with pytest.raises(ValueError, match=r"the nearest there are lab/hopper/medium-v0; or set"):
+        load("lab/hopper/medum-v0")
     with pytest.raises(ValueError, match=r"^hopper is no file, no folder and no Minari id; mujoco/hopper/medium-v0"):
         load("hopper")
     with pytest.raises(ValueError, match=r"^.* is no Minari folder: metadata.json is neither in it nor in its data$"):
@@ -433,8 +439,9 @@ def test_a_missing_set_is_named_with_the_command(home: Path) -> None:
 def test_a_remote_set_is_downloaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     names: list[str] = []
     monkeypatch.setattr(minari, "download_dataset", lambda name: names.append(name) or write_minari(name=name))
-    assert load(ID).checksum == load(ID).checksum
-    assert names == [ID]
+    remote = "mujoco/pendulum/random-v0"
+    assert load(remote).checksum == load(remote).checksum
+    assert names == [remote]
 
 
 def test_an_unreadable_folder_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

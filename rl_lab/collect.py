@@ -168,6 +168,8 @@ def _run_player(args: Args, run: Path, num_envs: int, env_seed: int, generator: 
 def _replayed(args: Args, run: Path) -> Source:
     policy = _loaded(args, run)
     config, folder = policy.config, run.resolve().parent / policy.config["group"][0]
+    if not any((folder / name).exists() for name in (checkpoint.NAME, checkpoint.PREVIOUS)):
+        raise ValueError(f"--replay {run}: its replay would be in a checkpoint in {folder}, where there is none")
     replay = checkpoint.load(folder)["state"].get("replay")
     if replay is None:
         raise ValueError(f"--replay {run}: {policy.algo} keeps no replay; a run of sac, td3 or dqn does")
@@ -382,6 +384,7 @@ def replacing(path: Path, overwrite: bool) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}.tmp")
     new, old = temporary / "new", temporary / "old"
+    made = [folder for folder in temporary.parents if not folder.exists()]  # the nearest first
     try:
         temporary.mkdir(parents=True, exist_ok=True)
         lock = os.open(temporary, os.O_RDONLY)
@@ -409,6 +412,9 @@ def replacing(path: Path, overwrite: bool) -> Iterator[Path]:
         _put_back(old, path)
         shutil.rmtree(temporary)
         os.close(lock)
+        for folder in made:
+            with contextlib.suppress(OSError):  # of what is not empty
+                folder.rmdir()
 
 
 def _put_back(old: Path, path: Path) -> None:

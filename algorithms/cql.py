@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
-import gymnasium as gym
 import torch
 from torch import Tensor
 from torch.func import grad_and_value, vmap
@@ -253,8 +252,6 @@ def train(args: Args) -> Run:
     """Train `args.num_seeds` agents; everything is in the run folders afterwards."""
     args, data = open_dataset(args)
     env = make(args.env, args.seeds, 1, *args.make_options)
-    discrete = isinstance(env.action_space, gym.spaces.Discrete)
-    args.require("env", not discrete, f"one with actions in a Box; rl_lab.discrete_cql takes {env.action_space}")
     actions, obs_size, generators = bounded_actions(args, env), flat_size(env.observation_space), args.generators(0)
     data, normalizer = standardized(data, args.num_seeds) if args.normalize_obs else (data, {})
     agents = [init_params(obs_size, actions, args.alpha, g) for g in generators]

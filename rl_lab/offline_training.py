@@ -15,6 +15,7 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
+from gymnasium import spaces
 from torch import Tensor
 
 from rl_lab.cli import RunArgs
@@ -83,7 +84,8 @@ def open_dataset(args: A, scored: bool = True) -> tuple[A, Dataset]:
     Args:
         scored: whether what is learned is judged by normalized scores, so that the reference scores must be known.
     """
-    args.require("dataset", bool(args.dataset), "a Minari id or a path")
+    if not args.dataset:
+        raise ValueError("--dataset is missing: a Minari id or a path")
     data = load(args.dataset, args.scores, args.env or None)
     for note in data.notes:
         print(note)
@@ -97,7 +99,8 @@ def open_dataset(args: A, scored: bool = True) -> tuple[A, Dataset]:
 def bounded_actions(args: OfflineArgs, env: VectorEnv) -> Actions:
     """The environment's actions; a ValueError unless they have bounds."""
     actions = Actions.of(env.action_space)
-    args.require("env", actions.bounded, f"one with actions in a bounded Box, not {env.action_space}")
+    others = "; rl_lab.bc and rl_lab.discrete_cql take those" if isinstance(env.action_space, spaces.Discrete) else ""
+    args.require("env", actions.bounded, f"one with actions in a bounded Box, not {env.action_space}{others}")
     return actions
 
 
@@ -144,8 +147,11 @@ class OfflineRun(Run):
         args.require("env", env.action_mask is None, "one without masks of actions, which no policy here would heed")
         self.data, self.generators, self.learned = data, generators, state
         need, room = sum(x.nbytes for x in data.columns.values()), free_memory(args.torch_device)
-        told = f"it takes {need / 1e9:.1f} GB, {room / 1e9:.1f} GB are free on {args.torch_device}"
-        args.require("dataset", need <= room, f"one for which there is room: {told}")
+        # Of the batches, and of what draws them: a number for each of their transitions between two entries of the log.
+        batches = args.num_seeds * args.batch_size * (need // len(data) + 8 * args.log_every)
+        for name, nbytes in (("dataset", need), ("batch_size", need + batches)):
+            told = f"it takes {nbytes / 1e9:.1f} GB, {room / 1e9:.1f} GB are free on {args.torch_device}"
+            args.require(name, nbytes <= room, f"one for which there is room: {told}")
         spec = {name: (tuple(x.shape[1:]), x.dtype) for name, x in data.columns.items()}
         self.replay = Replay(spec, 1, 1, len(data), args.gamma, device=args.torch_device, compile=args.compile)
         self.replay.add({name: x.unsqueeze(1).to(args.torch_device) for name, x in data.columns.items()})

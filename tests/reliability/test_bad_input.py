@@ -121,7 +121,7 @@ def test_backend(lab: Lab, tmp_path: Path) -> None:
         ("td3", "--env CartPole-v1", "--env CartPole-v1: TD3 needs actions in a bounded Box, not Discrete", 1),
         ("td3", "--buffer-size 99", "--buffer-size 99 must be a multiple of --num-envs 2", 2),
         ("iql", "--dataset none.hdf5", "none.hdf5 is no file; D4RL's are at", 1),
-        ("td3_bc", "", "--dataset  must be a Minari id or a path", 1),
+        ("td3_bc", "", "--dataset is missing: a Minari id or a path", 1),
     ],
 )
 def test_other_commands(lab: Lab, tmp_path: Path, algo: str, flags: str, message: str, status: int) -> None:

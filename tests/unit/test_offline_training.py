@@ -364,6 +364,9 @@ def test_data_are_held_against_the_environment(lucky: Lucky, tmp_path: Path, mon
     monkeypatch.setattr("rl_lab.offline_training.free_memory", lambda _: 1000)
     with pytest.raises(ValueError, match=r"--dataset lucky must be one for which there is room: it takes 0\.0 GB"):
         bc.train(arguments(bc, tmp_path))
+    monkeypatch.setattr("rl_lab.offline_training.free_memory", lambda _: 10**9)
+    with pytest.raises(ValueError, match=r"--batch-size 99999999 must be one for which there is room: it takes \d+"):
+        bc.train(replace(arguments(bc, tmp_path), batch_size=99_999_999))
     assert not list(tmp_path.iterdir())
 
 
@@ -460,7 +463,7 @@ def test_flags_come_in_any_company(algorithm: ModuleType, tmp_path: Path) -> Non
     args = cli.parse(["--env", "Hopper-v4", "--dataset", "x"], algorithm.Args, algorithm.defaults)
     assert (args.env, args.dataset) == ("Hopper-v4", "x")
     args = replace(cli.parse([], algorithm.Args, algorithm.defaults), runs_dir=tmp_path)
-    with pytest.raises(ValueError, match="--dataset  must be a Minari id or a path"):
+    with pytest.raises(ValueError, match="--dataset is missing: a Minari id or a path"):
         algorithm.train(args)
     assert not list(tmp_path.iterdir())
 

@@ -155,13 +155,16 @@ def require_fit(args: Args, policy: Any, data: Dataset, env: VectorEnv) -> None:
 class Evaluation(OfflineRun):
     """A run that comes to an estimate; `results` are what each seed's fqe.json holds."""
 
+    args: Args
     results: list[dict[str, Any]]
 
     def score(self, index: int) -> str:
         found = {name: x for name, x in self.results[index].items() if name in SHOWN}
         errors = {name: f" ± {x['standard_error']:,.2f}" if x["count"] > 1 else "" for name, x in found.items()}
         told = ", ".join(f"{name} {x['mean']:,.2f}{errors[name]}" for name, x in found.items())
-        return f"{told} (± standard error over episodes)"
+        left = self.args.gamma ** (self.args.total_timesteps // self.args.target_network_frequency)
+        unsettled = f"; not settled, {left:.0%} of it hangs on the initial network" if left > 0.01 else ""
+        return f"{told} (± standard error over episodes{unsettled})"
 
 
 def train(args: Args, policy: Any) -> Evaluation:

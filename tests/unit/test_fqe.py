@@ -269,6 +269,7 @@ def test_the_command_evaluates_a_run(
     last = capsys.readouterr().out.splitlines()[-1]
     for name in ("estimate", "data", "played", "undiscounted", "normalized"):
         assert f"{name} {found[name]['mean']:,.2f} ± {found[name]['standard_error']:,.2f}" in last
+    assert "; not settled, 35% of it hangs on the initial network)" in last  # 0.9 ** 10
 
     def logged() -> list[tuple[int, float]]:
         events = EventFileLoader(str(next(run.glob("events*")))).Load()

@@ -117,8 +117,14 @@ def draw(dataset: Dataset) -> Figure:
         lengths.hist(dataset.episode_lengths.numpy(), bins=50, color=COLOURS["ours"])
         lengths.set_xlabel("length, steps")
         rows = coverage(dataset)
-        for axes, name in ((obs, "obs"), (actions, "action")):
-            _ranges(axes, name, np.array([row[:4] for key, row in rows.items() if key.startswith(name)]))
+        dimensions = [np.array([row[:4] for key, row in rows.items() if key.startswith(x)]) for x in ("obs", "action")]
+        _ranges(obs, "obs", dimensions[0])
+        if isinstance(dataset.action_space, spaces.Discrete):
+            actions.bar(np.arange(len(dimensions[1])), dimensions[1][:, 2], color=COLOURS["ours"])
+            actions.xaxis.set_major_locator(MaxNLocator(integer=True))
+            actions.set_xlabel("action: share of the transitions")
+        else:
+            _ranges(actions, "action", dimensions[1])
         for axes in (returns, lengths):
             axes.set_ylabel("episodes")
         for axes in (returns, lengths, obs, actions):

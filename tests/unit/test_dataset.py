@@ -14,7 +14,7 @@ from gymnasium.spaces import Box, Discrete
 from rich.console import Console
 
 from rl_lab import dataset as command
-from rl_lab.dataset import coverage, distributions, main, print_summary
+from rl_lab.dataset import coverage, distributions, draw, main, print_summary
 from rl_lab.offline import Dataset
 
 
@@ -56,8 +56,12 @@ def test_coverage_of_discrete_actions_and_images() -> None:
     columns = {**data().columns, "actions": torch.tensor([1, 1, 3, 1, 2])}
     columns["obs"] = torch.tensor([0, 10, 0, 10, 0], dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 2, 2, 1)
     pixels = Box(0, 255, (2, 2, 1), np.uint8)
-    found = coverage(data(columns=columns, observation_space=pixels, action_space=Discrete(3, start=1)))
+    dataset = data(columns=columns, observation_space=pixels, action_space=Discrete(3, start=1))
+    found = coverage(dataset)
     assert [found[f"action {i}"][2] for i in range(3)] == pytest.approx([0.6, 0.2, 0.2])
+    bars = draw(dataset).axes[3]
+    assert bars.get_xlabel() == "action: share of the transitions"
+    assert [bar.get_height() for bar in bars.patches] == pytest.approx([0.6, 0.2, 0.2])
     assert found["obs 0"] == pytest.approx([0, 10, 4, 24**0.5])
     assert "obs 1" not in found
 

@@ -98,6 +98,7 @@ class OffPolicyArgs(RunArgs):
         if env.action_mask is not None:
             raise ValueError(f"--env {self.env} masks actions, which this command would not heed; rl_lab.ppo does")
         self._require_first_batch(n_step + bool(env.frame_stack))
+        self.require("batch_size", self.batch_size <= self.buffer_size, f"at most --buffer-size {self.buffer_size}")
         if self.replay_folder:
             self.require("replay_folder", env.device.type == "cpu", "left out on a GPU, whose memory no file is")
             if any(self.replay_folder.glob("replay.*")) != (self.resume is not None):

@@ -111,6 +111,7 @@ def test_backend(lab: Lab, tmp_path: Path) -> None:
         ("dqn", "--env Pendulum-v1", "--env Pendulum-v1: this command needs one Discrete action, not Box", 1),
         ("dqn", "--learning-starts 320", "--learning-starts 320 must be below --total-timesteps 320", 2),
         ("dqn", "--buffer-size 10000000000000", "--buffer-size 10000000000000 needs .* GB, .* or --replay-folder", 1),
+        ("dqn", "--batch-size 99999999999", "--batch-size 99999999999 must be at most --buffer-size", 1),
         ("dqn", "--bf16", "--bf16 True must be off for vectors", 1),
         ("dqn", "--priority-beta 0.5", "--priority-beta 0.5 must be left out, or with --prioritized", 2),
         ("c51", "--v-max -100", "--v-max -100.0 must be finite and above --v-min -100.0", 2),

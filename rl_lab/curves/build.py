@@ -1,11 +1,12 @@
 """Builds the reference sets that the package carries from measured CleanRL runs.
 
-    python -m rl_lab.curves.build FOLDER... [--tables FILE]
+    python -m rl_lab.curves.build FOLDER... [--tables FILE] [--offline-curves FILE]
 
 A FOLDER holds CleanRL's own run folders, or episode files `{script}__{env}__{seed}.csv.gz` with a `runs.csv` that tells
 their budget (columns file, total_timesteps). All seeds found go in. Every (script, env) becomes
 `reference/{script}__{env}.csv.gz` with a JSON of its provenance. FILE is a table of CleanRL's documented results, which
-becomes `reference/published.csv`. Equal input gives equal bytes.
+becomes `reference/published.csv`; that of --offline-curves, of d3rlpy's, `reference/curves_offline.csv`.
+Equal input gives equal bytes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import csv
 import dataclasses
 import gzip
 import json
+import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -32,6 +34,10 @@ ORIGIN = {
     "measured": "the script unmodified, default flags, CPU, one thread a run",
     "versions": {"gymnasium": "0.29.1", "mujoco": "2.3.3", "numpy": "1.26.4", "torch": "2.13.0"},
 }
+OFFLINE_ORIGIN = (
+    "# Normalized scores of d3rlpy on D4RL's first sets (-v0), of the ten evaluations until a gradient step; mean and "
+    "std over seeds: github.com/takuseno/d3rlpy-benchmarks (MIT) at 1771c9b23322, d4rl/ALGORITHM.\n"
+)
 # Columns of published.csv and where they come from.
 FIGURES = {
     "script": "variant",
@@ -105,15 +111,43 @@ def build_published(tables: Path, target: Path = REFERENCE) -> Path:
     return path
 
 
-def main(folders: tyro.conf.Positional[tuple[Path, ...]], tables: Path | None = None) -> None:
+def build_offline(table: Path, target: Path = REFERENCE) -> Path:
+    """Condense d3rlpy's evaluations on D4RL's sets, means of ten, to normalized scores over seeds, at some steps."""
+    with (REFERENCE.parents[1] / "d4rl_scores.csv").open() as file:
+        next(file)  # the source
+        scores = {row["task"]: (float(row["random"]), float(row["expert"])) for row in csv.DictReader(file)}
+    found: dict[tuple[str, str, int], list[float]] = defaultdict(list)
+    with table.open() as file:
+        for row in csv.DictReader(file):
+            step, (task, _, rest) = int(row["gradient_step"]), row["env_id"].partition("-")
+            if not rest.startswith("random") and (step <= 100_000 or step % 100_000 == 0):
+                (random, expert), algo = scores[task], row["algo"].replace("td3_plus_bc", "td3_bc")
+                found[algo, row["env_id"], step].append(
+                    100 * (float(row["eval_return_raw"]) - random) / (expert - random)
+                )
+    path = target / "curves_offline.csv"
+    with path.open("w", newline="") as file:
+        file.write(OFFLINE_ORIGIN)
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["algo", "dataset", "gradient_step", "mean", "std", "seeds"])
+        for key, x in sorted(found.items()):
+            writer.writerow([*key, f"{statistics.mean(x):.2f}", f"{statistics.stdev(x):.2f}", len(x)])
+    return path
+
+
+def main(
+    folders: tyro.conf.Positional[tuple[Path, ...]] = (), tables: Path | None = None, offline_curves: Path | None = None
+) -> None:
     """Build reference sets from measured CleanRL runs.
 
     Args:
         folders: run folders of CleanRL, or episode files with a runs.csv.
         tables: a table of CleanRL's documented results.
+        offline_curves: a table of d3rlpy's evaluations: algo, env_id, seed, gradient_step, eval_return_raw.
     """
     try:
-        for path in build(folders) + ([build_published(tables)] if tables else []):
+        written = build(folders) + ([build_published(tables)] if tables else [])
+        for path in written + ([build_offline(offline_curves)] if offline_curves else []):
             print(f"{path.name}  {path.stat().st_size / 1024:.0f} KiB")
     except (ValueError, OSError) as error:
         sys.exit(f"build: {error}")

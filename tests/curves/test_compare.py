@@ -516,3 +516,14 @@ def test_report_is_one_file_with_all_it_tells(tmp_path: Path, reference: str) ->
     assert "&lt;2.4&gt;" in page and "<2.4>" not in page
     assert not re.search(r'(src|href)="(http|/)', page)  # nothing is loaded from elsewhere
     assert (tmp_path / "out" / "report-CartPole-v1-ppo.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_d3rlpys_curves_are_condensed_to_scores(tmp_path: Path) -> None:
+    """Hopper's random and expert returns are 0 and 100; other steps and random sets are left out."""
+    rows = [("iql", "hopper-medium-v0", 10_000, -20.272305), ("iql", "hopper-medium-v0", 10_000, 3234.3)]
+    rows += [("td3_plus_bc", "hopper-medium-v0", 110_000, 0.0), ("iql", "hopper-random-v0", 10_000, 0.0)]
+    lines = ["algo,env_id,gradient_step,eval_return_raw", *(",".join(map(str, row)) for row in rows), ""]
+    (tmp_path / "table.csv").write_text("\n".join(lines))
+    source, header, *found = build.build_offline(tmp_path / "table.csv", tmp_path).read_text().splitlines()
+    assert source.startswith("# Normalized scores of d3rlpy") and header == "algo,dataset,gradient_step,mean,std,seeds"
+    assert found == ["iql,hopper-medium-v0,10000,50.00,70.71,2"]

@@ -219,6 +219,9 @@ def judge(ours: Sequence[Run], reference: Reference, margin: str | None = None, 
             scores[side] = np.array([_score(run) for run in runs])
             curves[side] = np.stack([statistics.on_grid(run.steps, run.returns, budget) for run in runs])
     offline = "data" in {**first.config, **store.provenance(first.path)}
+    start = 0
+    if offline:  # the first evaluation is of what has learned already, not a starting level; before it nothing is known
+        start = min(statistics.GRID - 1, int(max(run.steps[0] for run in ours + theirs) * statistics.GRID / budget))
     base = Result(
         env=first.env,
         algo=first.algo,
@@ -228,9 +231,10 @@ def judge(ours: Sequence[Run], reference: Reference, margin: str | None = None, 
         budget=budget,
         whole=whole,
         unit="gradient steps" if offline else "environment steps",
+        start=start,
         seeds={side: [run.seed for run in runs] for side, runs in sides.items()},
         scores=scores,
-        areas={side: statistics.normalised_area(curve) for side, curve in curves.items()},
+        areas={side: statistics.normalised_area(curve, start) for side, curve in curves.items()},
         curves=curves,
         notes=_notes(ours, reference) + _published(first.script, first.env, scores["ours"], budget),
         provenance=reference.provenance,
@@ -252,9 +256,7 @@ def judge(ours: Sequence[Run], reference: Reference, margin: str | None = None, 
 
     score_margin, area_margin, reason = declared_margin(first.env, margin)
     units = in_units(score_margin, scores["reference"])
-    if offline:  # the first evaluation is of what has learned already, not a starting level
-        start = min(statistics.GRID - 1, int(max(run.steps[0] for run in ours + theirs) * statistics.GRID / budget))
-    else:
+    if not offline:
         start = statistics.departure(statistics.iqm(curves["reference"], axis=0), units)
     if start == statistics.GRID:
         base.notes.append("uninformative: the reference never leaves its starting level, so equal returns show nothing")

@@ -65,12 +65,12 @@ def svg(figure: Figure) -> str:
 
 
 def _curves(axes: Axes, result: Result) -> None:
+    first = result.start if result.unit == "gradient steps" else 0  # before an evaluation there is nothing to draw
+    steps = (np.arange(first, statistics.GRID) + 0.5) * result.budget / statistics.GRID
     for side, colour in COLOURS.items():
         if side not in result.curves:
             continue
-        offline = result.unit == "gradient steps"  # before whose first evaluation there is nothing to draw
-        curves = result.curves[side][:, result.start if offline else 0 :]
-        steps = (np.arange(statistics.GRID)[-curves.shape[1] :] + 0.5) * result.budget / statistics.GRID
+        curves = result.curves[side][:, first:]
         band = statistics.iqm_interval(curves.T, np.random.default_rng(0))
         axes.plot(steps, curves.T, color=colour, alpha=0.22, linewidth=0.6)
         if len(curves) > 1:

@@ -72,9 +72,7 @@ class Args(OfflineArgs):
         for name in ("policy_lr", "q_lr", "alpha"):
             self.require(name, 0 < getattr(self, name) < math.inf, "finite and above 0")
         self.require("cql_alpha", 0 <= self.cql_alpha < math.inf, "finite and 0 or more")
-        self.require(
-            "cql_alpha", self.cql_alpha > 0 or not self.lagrange, "above 0 with --lagrange, which multiplies it"
-        )
+        self.require("cql_alpha", self.cql_alpha > 0 or not self.lagrange, "above 0 with --lagrange")
         self.require("target_action_gap", math.isfinite(self.target_action_gap), "finite")
         used = self.lagrange or self.target_action_gap == Args.target_action_gap
         self.require("target_action_gap", used, "left out without --lagrange")

@@ -80,6 +80,10 @@ def play(path: Path, env_id: str, seed: int, episodes: int) -> NDArray[np.float6
 
 def main() -> None:
     flags = tyro.cli(Flags, description=__doc__)
+    if flags.total_timesteps % flags.eval_every:
+        raise SystemExit(
+            f"--total-timesteps {flags.total_timesteps} must be a multiple of --eval-every {flags.eval_every}"
+        )
     data = load(flags.dataset)
     if data.env_id is None:
         raise SystemExit(f"--dataset {flags.dataset}: does not say what it is of")

@@ -265,6 +265,7 @@ def parse(
     argv: Sequence[str], args_type: type[BaseArgs], defaults: Callable[[str], BaseArgs] | None = None
 ) -> BaseArgs:
     """Flags to Args: defaults by environment, or a run's own for --resume; ValueError says which flag is wrong."""
+    require_one_path_each(argv, args_type)
     folder = _given(argv, "--resume")
     if folder is None:
         env_id = _given(argv, "--env")
@@ -297,6 +298,14 @@ def parse(
             why = f"which {schedules}" if prolonged else "and a resumed run keeps its flags"
             raise ValueError(f"{flag(name)} {now}: the run in {folder} has {was}, {why}; leave the flag out")
     return args
+
+
+def require_one_path_each(argv: Sequence[str], args_type: type[Any]) -> None:
+    """Raise a ValueError where a flag of one path is followed by several, as a shell's pattern may match."""
+    flags = {flag(field.name) for field in dataclasses.fields(args_type) if field.type in ("Path", "Path | None")}
+    for word, first, second in zip(argv, argv[1:], argv[2:], strict=False):
+        if word in flags and not second.startswith("-"):
+            raise ValueError(f"{word} takes one path, not {first} and {second}: name one of them")
 
 
 def _parse(argv: Sequence[str], args_type: type[BaseArgs], default: Any) -> BaseArgs:

@@ -27,7 +27,7 @@ import tyro
 from torch import Tensor
 
 from rl_lab import checkpoint, require, sb3
-from rl_lab.cli import flag
+from rl_lab.cli import flag, require_one_path_each
 from rl_lab.distributions import Actions, draw_noise, sample, scaled
 from rl_lab.envs import make
 from rl_lab.episodes import evaluation_seeds
@@ -436,6 +436,10 @@ def _sha256(*paths: Path) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; every expected fault ends in one line and exit status 1 (2 for flags)."""
+    try:
+        require_one_path_each(sys.argv[1:] if argv is None else argv, Args)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
     args = tyro.cli(Args, prog="python -m rl_lab.collect", args=argv)
 
     def stop(number: int, _: object) -> None:

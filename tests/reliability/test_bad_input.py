@@ -56,6 +56,7 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("--vf-coef inf", "--vf-coef inf must be finite and 0 or more"),
         ("--target-kl 0", "--target-kl 0.0 must be finite and above 0"),
         ("--resume /dev", "--resume /dev is no complete run folder .*; name one that training made"),
+        ("--resume runs/a__1 runs/a__2", "--resume takes one path, not runs/a__1 and runs/a__2: name one of them"),
     ],
 )
 def test_flags(lab: Lab, tmp_path: Path, flags: str, message: str) -> None:

@@ -602,6 +602,8 @@ def test_refusals(changes: dict[str, Any], message: str, root: Path) -> None:
 def test_faults_end_in_one_line(root: Path) -> None:
     with pytest.raises(SystemExit, match=r"^error: .*nowhere\.zip'?$"):
         main(["--dataset", ID, "--env", "Pendulum-v1", "--sb3", "nowhere.zip"])
+    with pytest.raises(SystemExit, match=r"^error: --run takes one path, not runs/a__1 and runs/a__2"):
+        main(["--dataset", ID, "--run", "runs/a__1", "runs/a__2"])
     assert files(root) == []
 
 

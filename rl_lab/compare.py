@@ -16,7 +16,16 @@ from rich.console import Console
 from rich.table import Table
 
 from rl_lab.curves import store
-from rl_lab.curves.compare import Result, compare, grouped, in_units, seeds_lines, version_lines, write_verdict
+from rl_lab.curves.compare import (
+    Result,
+    compare,
+    grouped,
+    in_units,
+    seeds_lines,
+    seeds_of,
+    version_lines,
+    write_verdict,
+)
 from rl_lab.curves.report import write_report
 
 BAD_INPUT = 4
@@ -44,10 +53,10 @@ def print_result(result: Result, console: Console) -> None:
     """One comparison as a table with its notes."""
     console.print(f"\n[bold]{result.algo} on {result.env}[/]", end=" ")
     console.print(f"against {result.reference}, {result.budget:,} steps", markup=False)
-    counts = {side: len(seeds) for side, seeds in result.seeds.items()}
+    counts = {side: seeds_of(len(seeds)) for side, seeds in result.seeds.items()}
     if result.tests:
         table = Table(box=box.SIMPLE_HEAD)
-        titles = ("IQM of", f"ours ({counts['ours']} seeds)", f"reference ({counts['reference']} seeds)", "difference",
+        titles = ("IQM of", f"ours ({counts['ours']})", f"reference ({counts['reference']})", "difference",
                   "90 % interval", "margin", "P(ours better)", "verdict")  # fmt: skip
         for title in titles:
             table.add_column(title, justify="left" if title in ("IQM of", "verdict") else "right")

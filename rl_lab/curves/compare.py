@@ -354,6 +354,10 @@ def write_verdict(runs: Sequence[Run], result: Result) -> None:
             (run.path / "verdict.json").write_text(result.to_json())
 
 
+def seeds_of(number: int | str) -> str:
+    return f"{number} seed" + "s" * (str(number) != "1")
+
+
 def seeds_lines(result: Result) -> list[str]:
     """What would decide an underpowered test."""
     lines = []
@@ -430,8 +434,8 @@ def _published(script: str, env: str, scores: Floats, budget: int) -> list[str]:
         kind = "last 100 episodes" if "last100" in row["metric"] else "final return as documented"
         steps, source = row["total_timesteps"] or "unknown", f"{row['source']} at {row['commit'][:8]}"
         notes.append(
-            f"published, informs only: {mean:.1f} ± {deviation:.1f} ({kind}, {row['seeds']} seeds, {steps} steps, "
-            f"{source}); ours {scores.mean():.1f} ± {scores.std():.1f} ({len(scores)} seeds, {budget} steps)"
+            f"published, informs only: {mean:.1f} ± {deviation:.1f} ({kind}, {seeds_of(row['seeds'])}, {steps} steps, "
+            f"{source}); ours {scores.mean():.1f} ± {scores.std():.1f} ({seeds_of(len(scores))}, {budget} steps)"
             + (f", difference {scores.mean() - mean:+.1f}" if steps in (str(budget), "unknown") else "")
         )
     return notes

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rl_lab.curves import statistics
-from rl_lab.curves.compare import Result
+from rl_lab.curves.compare import Result, seeds_of
 
 INK = "#14171d"  # replaced by currentColor in SVG
 COLOURS = {"reference": "#e08214", "ours": "#2f7de1"}  # told apart by all, on light and dark
@@ -76,7 +76,7 @@ def _curves(axes: Axes, result: Result) -> None:
         if len(curves) > 1:
             low, high = np.clip([band.low, band.high], curves.min(), curves.max())  # no return beyond those seen
             axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
-        axes.plot(steps, band.estimate, color=colour, linewidth=1.8, label=f"{side}, IQM of {len(curves)} seeds")
+        axes.plot(steps, band.estimate, color=colour, linewidth=1.8, label=f"{side}, IQM of {seeds_of(len(curves))}")
     if 1 < result.start < statistics.GRID:
         axes.axvspan(0, result.start * result.budget / statistics.GRID, color=INK, alpha=0.05, linewidth=0)
     axes.set_xlim(0, result.budget)

@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 
 from rl_lab.curves import plot
-from rl_lab.curves.compare import Result, seeds_lines
+from rl_lab.curves.compare import Result, seeds_lines, seeds_of
 
 TONES = {"better": "good", "match": "good", "worse": "bad"}  # anything else decides nothing
 
@@ -111,7 +111,7 @@ def _tone(verdict: str) -> str:
 
 
 def _counts(result: Result) -> str:
-    return ", ".join(f"{len(seeds)} seeds {side}" for side, seeds in result.seeds.items() if seeds)
+    return ", ".join(f"{seeds_of(len(seeds))} {side}" for side, seeds in result.seeds.items() if seeds)
 
 
 def _versions(result: Result) -> str:

@@ -344,13 +344,14 @@ class Run(BaseRun):
         return returns, lengths
 
     def finish(self, params: dict[str, Any], normalizer: Any) -> None:
-        """Write each seed's parameters and statistics as model.safetensors, and say where everything is."""
+        """Write each seed's parameters and statistics as model.safetensors, say where all is, and close `env`."""
         for index, folder in enumerate(self.logs.folders):
             tensors = flatten({"params": params, "normalizer": normalizer})
             model = {name: x[index] for name, x in tensors.items()}
             checkpoint.save_tensors(folder / "model.safetensors", model, {"algo": self.logs.config["algo"]})
             print(f"{folder}: {self.score(index)}")
         self.logs.close()
+        self.env.close()
 
     def score(self, index: int) -> str:
         """How well the agent of seed number `index` did, in words."""

@@ -11,8 +11,6 @@ after the last. d3rlpy's interpreter is made as offline.py says.
 
 from __future__ import annotations
 
-import gzip
-import json
 import os
 import subprocess
 import sys
@@ -30,7 +28,7 @@ from numpy.typing import NDArray
 from benchmarks import race
 from benchmarks.report import machine
 from rl_lab.algorithms import iql
-from rl_lab.curves.store import set_name
+from rl_lab.curves.store import set_name, write_set
 from rl_lab.distributions import Actions
 from rl_lab.envs import make
 from rl_lab.episodes import evaluate, evaluation_seeds
@@ -88,7 +86,7 @@ def main() -> None:
     if data.env_id is None:
         raise SystemExit(f"--dataset {flags.dataset}: does not say what it is of")
     scale = iql.authors_scale(data, data.env_id)
-    lines = ["seed,global_step,episodic_return"]
+    played = {}
     python = [str(flags.d3rlpy_python.absolute()), "-P"]  # or profile.py beside it would stand for Python's own
     peer, budget = str(Path(__file__).with_name("d3rlpy_peer.py")), [str(flags.total_timesteps), str(flags.eval_every)]
     with tempfile.TemporaryDirectory() as name:
@@ -96,11 +94,14 @@ def main() -> None:
         for seed in range(1, flags.seeds + 1):
             command = [*python, peer, "iql", str(file), *budget, "cpu", str(seed), name]
             subprocess.run(command, cwd=name, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, stdout=sys.stderr)
+            steps, returns = [], []
             for step in range(flags.eval_every, flags.total_timesteps + 1, flags.eval_every):
                 episodes = 100 if step == flags.total_timesteps else 10
-                returns = play(Path(name, f"{step}.npz"), data.env_id, seed, episodes)
-                lines += [f"{seed},{step},{x:.9g}" for x in returns]
-                print(f"seed {seed}, step {step:,}: normalized score {data.normalized(returns.mean()):.1f}", flush=True)
+                steps.append(np.full(episodes, step))
+                returns.append(play(Path(name, f"{step}.npz"), data.env_id, seed, episodes))
+                score = data.normalized(returns[-1].mean())
+                print(f"seed {seed}, step {step:,}: normalized score {score:.1f}", flush=True)
+            played[seed] = (np.concatenate(steps), np.concatenate(returns))
     note = {
         "script": "iql",
         "env": data.env_id,
@@ -115,8 +116,7 @@ def main() -> None:
     }
     folder = flags.folder / set_name(data.name)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"iql__{data.env_id}.json").write_text(json.dumps(note, indent=1) + "\n")
-    (folder / f"iql__{data.env_id}.csv.gz").write_bytes(gzip.compress("\n".join([*lines, ""]).encode(), mtime=0))
+    write_set(folder / f"iql__{data.env_id}.csv.gz", note, played)
 
 
 if __name__ == "__main__":

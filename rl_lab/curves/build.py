@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import gzip
-import json
 import statistics
 import sys
 from collections import defaultdict
@@ -24,7 +22,7 @@ from pathlib import Path
 import tyro
 
 from rl_lab.curves.compare import common_budget, distinct_seeds, require_finished
-from rl_lab.curves.store import REFERENCE, Run, load
+from rl_lab.curves.store import REFERENCE, Run, load, write_set
 
 COMMIT = "fe8d8a03c41a7ef5b523e2e354bd01c363e786bb"
 ORIGIN = {
@@ -75,9 +73,6 @@ def build(folders: Sequence[Path], target: Path = REFERENCE) -> list[Path]:
         distinct_seeds(runs)
         require_finished(runs, budget := common_budget(runs))
         runs.sort(key=lambda run: run.seed)
-        lines = ["seed,global_step,episodic_return"]
-        for run in runs:
-            lines += [f"{run.seed},{int(t)},{r:.9g}" for t, r in zip(run.steps, run.returns, strict=True)]
         note = {
             "script": script,
             "env": env,
@@ -87,8 +82,7 @@ def build(folders: Sequence[Path], target: Path = REFERENCE) -> list[Path]:
             **ORIGIN,
         }
         path = target / f"{script}__{env}.csv.gz"
-        path.write_bytes(gzip.compress("\n".join([*lines, ""]).encode(), mtime=0))
-        path.with_name(f"{script}__{env}.json").write_text(json.dumps(note, indent=1) + "\n")
+        write_set(path, note, {run.seed: (run.steps, run.returns) for run in runs})
         written.append(path)
     return written
 

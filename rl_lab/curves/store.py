@@ -1,4 +1,4 @@
-"""Reading training runs: this project's run folders, CleanRL's TensorBoard folders, CSV files and reference sets.
+"""Reading training runs: this project's run folders, CleanRL's TensorBoard folders, CSV files; and reference sets.
 
 A run is its episodes: the step at which each ended and its return. What is read:
 
@@ -13,6 +13,7 @@ A run is its episodes: the step at which each ended and its return. What is read
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
 import re
@@ -115,6 +116,27 @@ def provenance(path: Path) -> dict[str, Any]:
     """What is known of a reference set's origin: its JSON file, or nothing."""
     note = path.parent / f"{path.name.removesuffix('.gz').removesuffix('.csv')}.json"
     return dict(json.loads(note.read_text())) if note.is_file() else {}
+
+
+def write_set(path: Path, note: dict[str, Any], episodes: dict[int, tuple[NDArray[Any], NDArray[Any]]]) -> None:
+    """Write a reference set, and its provenance beside it; equal input gives equal bytes.
+
+    Args:
+        path: {script}__{env}.csv.gz, in a folder that is there.
+        note: its provenance.
+        episodes: seed -> (E,) steps and returns.
+    """
+    lines = ["seed,global_step,episodic_return"]
+    for seed, table in episodes.items():
+        lines += [f"{seed},{int(step)},{value:.9g}" for step, value in zip(*table, strict=True)]
+    replace(path.with_name(f"{path.name.removesuffix('.csv.gz')}.json"), (json.dumps(note, indent=1) + "\n").encode())
+    replace(path, gzip.compress("\n".join([*lines, ""]).encode(), mtime=0))  # last: the set is there if it is
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    path.with_suffix(".new").write_bytes(content)
+    path.with_suffix(".new").replace(path)
 
 
 def published(script: str, env: str) -> list[dict[str, str]]:

@@ -12,9 +12,7 @@ README.md                                            the table, between <!-- res
 from __future__ import annotations
 
 import dataclasses
-import gzip
 import io
-import json
 import math
 import re
 import shlex
@@ -66,14 +64,9 @@ def keep(runs: Sequence[Run], target: Path) -> Path:
     note["command"] = _in_folder(first.config["command"], str(first.path.parent))
     origin = ("versions", "git_commit", "hardware", "data")  # the last of runs that learned from a data set
     note |= {name: first.config[name] for name in origin if name in first.config}
-    lines = ["seed,global_step,episodic_return"]
-    for run in sorted(runs, key=lambda run: run.seed):
-        lines += [f"{run.seed},{int(t)},{r:.9g}" for t, r in zip(run.steps, run.returns, strict=True)]
     target.mkdir(parents=True, exist_ok=True)
-    name = f"{first.script}__{re.sub('[/:]', '-', first.env)}"  # as run folders are named
-    path = target / f"{name}.csv.gz"
-    _replace(target / f"{name}.json", (json.dumps(note, indent=1) + "\n").encode())
-    _replace(path, gzip.compress("\n".join([*lines, ""]).encode(), mtime=0))  # last: results are there if it is
+    path = target / f"{first.script}__{re.sub('[/:]', '-', first.env)}.csv.gz"  # as run folders are named
+    store.write_set(path, note, {run.seed: (run.steps, run.returns) for run in sorted(runs, key=lambda run: run.seed)})
     return path
 
 
@@ -86,12 +79,6 @@ def _in_folder(command: str, folder: str) -> str:
         elif word == "--runs-dir":
             words[i + 1 : i + 2] = [folder]
     return shlex.join(words)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    path.with_suffix(".new").write_bytes(content)
-    path.with_suffix(".new").replace(path)
 
 
 def note_of(path: Path) -> dict[str, Any]:
@@ -156,7 +143,7 @@ def insert(readme: Path, algo: str, text: str) -> None:
         return
     if len(rest) != 1 or rest[0].count(end) != 1:
         raise ValueError(f"{readme} needs the lines {begin.strip()} and {end.strip()} once each, the table between")
-    _replace(readme, (head + begin + text + "\n" + end + rest[0].split(end)[1]).encode())
+    store.replace(readme, (head + begin + text + "\n" + end + rest[0].split(end)[1]).encode())
 
 
 def draw(results: Sequence[Result]) -> Figure:

@@ -313,7 +313,8 @@ def _parse(argv: Sequence[str], args_type: type[BaseArgs], default: Any) -> Base
     shown = io.StringIO()
     try:
         with contextlib.redirect_stderr(shown):
-            args: BaseArgs = tyro.cli(args_type, args=argv, default=default)
+            name = args_type.__module__.rpartition(".")[2]
+            args: BaseArgs = tyro.cli(args_type, prog=f"python -m rl_lab.{name}", args=argv, default=default)
             return args
     except SystemExit as exit:
         if isinstance(exit.__context__, ValueError):

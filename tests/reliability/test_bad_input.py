@@ -79,6 +79,7 @@ def test_one_sample_a_minibatch_works_without_norm_adv(lab: Lab, tmp_path: Path)
 def test_what_the_parser_refuses(lab: Lab, tmp_path: Path, flags: str, message: str) -> None:
     ended = lab.train(tmp_path / "runs", *flags.split())
     assert ended.status == 2 and message in ended.err and "Traceback" not in ended.err
+    assert "python -m rl_lab.ppo --help" in ended.err
 
 
 def test_no_cuda(lab: Lab, tmp_path: Path) -> None:

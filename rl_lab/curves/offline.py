@@ -125,14 +125,18 @@ def table(results: dict[str, dict[str, Cell]]) -> str:
         named = data.replace("_", "-")  # D4RL's files are hopper_medium_replay-v2.hdf5
         namesake = re.sub(r"^.*?((?:halfcheetah|hopper|walker2d)-.+)-v\d+$", r"\1", named)
         for algo in shown:
-            known = theirs.get((algo, f"{namesake}-v2", 1_000_000))
-            told = [] if known is None else [f"{known:.1f}"]
-            if known is not None and algo in row and named == f"{namesake}-v2" and comparable(row[algo]):
-                _, low, high = map(float, interval(row[algo].scores))
-                told[0] += ", within" if low <= known <= high else ", outside"
-            as_long = theirs.get((algo, f"{namesake}-v0", row[algo].steps)) if algo in row else None
-            told += [] if as_long is None else [f"{as_long:.1f}"]
-            cells.append((_cell(row[algo]) if algo in row else "–") + (f" ({'; '.join(told)})" if told else ""))
+            if algo not in row:
+                cells.append("–")
+                continue
+            text, told, known = _cell(row[algo]), [], theirs.get((algo, f"{namesake}-v2", 1_000_000))
+            if known is not None:
+                told.append(f"{known:.1f}")
+                if named == f"{namesake}-v2" and comparable(row[algo]):
+                    _, low, high = map(float, interval(row[algo].scores))
+                    told[0] += ", within" if low <= known <= high else ", outside"
+            if (as_long := theirs.get((algo, f"{namesake}-v0", row[algo].steps))) is not None:
+                told.append(f"{as_long:.1f}")
+            cells.append(f"{text} ({'; '.join(told)})" if told else text)
         rows.append(cells)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows) + READING
 

@@ -436,11 +436,6 @@ def _sha256(*paths: Path) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; every expected fault ends in one line and exit status 1 (2 for flags)."""
-    try:
-        require_one_path_each(sys.argv[1:] if argv is None else argv, Args)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
-    args = tyro.cli(Args, prog="python -m rl_lab.collect", args=argv)
 
     def stop(number: int, _: object) -> None:
         raise KeyboardInterrupt(number)
@@ -448,6 +443,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     try:
+        require_one_path_each(sys.argv[1:] if argv is None else argv, Args)
+        args = tyro.cli(Args, prog="python -m rl_lab.collect", args=argv)
         torch.set_num_threads(1)  # fastest for small networks
         print(collect(args))
     except KeyboardInterrupt as stopped:

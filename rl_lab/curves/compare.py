@@ -355,6 +355,7 @@ def write_verdict(runs: Sequence[Run], result: Result) -> None:
 
 
 def seeds_of(number: int | str) -> str:
+    """ "1 seed", "2 seeds"."""
     return f"{number} seed" + "s" * (str(number) != "1")
 
 

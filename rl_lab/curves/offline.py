@@ -121,24 +121,24 @@ def table(results: dict[str, dict[str, Cell]]) -> str:
     shown, theirs = algorithms(results), published()
     rows = [["data set", *(NAMES[algo] for algo in shown)], ["---", *["---:"] * len(shown)]]
     for data, row in results.items():
-        cells = [data]
-        named = data.replace("_", "-")  # D4RL's files are hopper_medium_replay-v2.hdf5
-        namesake = re.sub(r"^.*?((?:halfcheetah|hopper|walker2d)-.+)-v\d+$", r"\1", named)
-        for algo in shown:
-            if algo not in row:
-                cells.append("–")
-                continue
-            text, told, known = _cell(row[algo]), [], theirs.get((algo, f"{namesake}-v2", 1_000_000))
-            if known is not None:
-                told.append(f"{known:.1f}")
-                if named == f"{namesake}-v2" and comparable(row[algo]):
-                    _, low, high = map(float, interval(row[algo].scores))
-                    told[0] += ", within" if low <= known <= high else ", outside"
-            if (as_long := theirs.get((algo, f"{namesake}-v0", row[algo].steps))) is not None:
-                told.append(f"{as_long:.1f}")
-            cells.append(f"{text} ({'; '.join(told)})" if told else text)
-        rows.append(cells)
+        cells = [_cell(row[algo]) + _context(row[algo], algo, data, theirs) if algo in row else "–" for algo in shown]
+        rows.append([data, *cells])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows) + READING
+
+
+def _context(cell: Cell, algo: str, data: str, theirs: dict[tuple[str, str, int], float]) -> str:
+    """CORL's score, and whether it is within ours, and d3rlpy's, in parentheses; nothing where neither is known."""
+    named = data.replace("_", "-")  # D4RL's files are hopper_medium_replay-v2.hdf5
+    namesake = re.sub(r"^.*?((?:halfcheetah|hopper|walker2d)-.+)-v\d+$", r"\1", named)
+    told = []
+    if (known := theirs.get((algo, f"{namesake}-v2", 1_000_000))) is not None:
+        told.append(f"{known:.1f}")
+        if named == f"{namesake}-v2" and comparable(cell):
+            _, low, high = map(float, interval(cell.scores))
+            told[0] += ", within" if low <= known <= high else ", outside"
+    if (as_long := theirs.get((algo, f"{namesake}-v0", cell.steps))) is not None:
+        told.append(f"{as_long:.1f}")
+    return f" ({'; '.join(told)})" if told else ""
 
 
 def comparable(cell: Cell) -> bool:

@@ -1,4 +1,4 @@
-"""Reading training runs: this project's run folders, CleanRL's TensorBoard folders, CSV files; and reference sets.
+"""Reads training runs: this project's run folders, CleanRL's TensorBoard folders, CSV files; and writes reference sets.
 
 A run is its episodes: the step at which each ended and its return. What is read:
 

@@ -355,7 +355,7 @@ def write_verdict(runs: Sequence[Run], result: Result) -> None:
 
 
 def seeds_of(number: int | str) -> str:
-    """ "1 seed", "2 seeds"."""
+    """How many, as in 1 seed and 2 seeds."""
     return f"{number} seed" + "s" * (str(number) != "1")
 
 

@@ -64,6 +64,24 @@ def test_scores_and_verdicts(tmp_path: Path) -> None:
     assert all(cell in line for cell in told)
 
 
+def test_scores_by_gradient_step(tmp_path: Path) -> None:
+    """Beside d3rlpy's after as many; a step that no curve of d3rlpy's has is no column, one not evaluated is a dash."""
+    keep(tmp_path, "iql", [69.0, 70, 71])
+    keep(tmp_path, "cql", [29.0, 30, 31], steps=40000)
+    keep(tmp_path, "bc", [10.0], name="my-own-v3", steps=12345)
+    results = offline.judge_all(tmp_path)
+    assert offline.curves_table(results).splitlines() == [
+        "| data set |  | 10,000 | 40,000 | 50,000 |",
+        "| --- | --- | ---: | ---: | ---: |",
+        "| lab-hopper-medium-v0 | IQL | 0.6 (25.4) | – | 70.0 (32.2) |",
+        "| lab-hopper-medium-v0 | CQL | 0.6 (18.6) | 30.0 (35.3) | – |",
+        "| my-own-v3 | BC | 0.6 | – | – |",
+    ]
+    first, _ = offline.draw(results).axes
+    dashed = [line for line in first.get_lines() if line.get_linestyle() == "--"]
+    assert [line.get_xdata()[-1] for line in dashed] == [50000, 40000]  # d3rlpy's, until ours end
+
+
 def test_margins_are_in_points_of_the_score(tmp_path: Path) -> None:
     """A share is BC's; Pendulum's 50 of the return are 50 / 32.54 points. Of -v5 it is another version's."""
     keep(tmp_path, "bc", [48.0, 50, 52], "lab-pendulum-v0", "Pendulum-v1")

@@ -97,7 +97,8 @@ def make(
                 raise ValueError(f"backend='native' has no {env_id}; it has {known} and Atari's, as PongNoFrameskip-v4")
         if num_threads != 1:
             raise ValueError(
-                f"num_threads={num_threads}: only native MuJoCo and Atari environments share rows; 1 is the rest's"
+                f"num_threads={num_threads} (--env-threads): only native MuJoCo and Atari environments share rows; 1 "
+                "is the rest's"
             )
         return GymnasiumEnv(env_id, seeds, num_envs, device)
     except (gym.error.Error, ImportError) as error:

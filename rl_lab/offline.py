@@ -152,7 +152,7 @@ def load(name: str, scores: tuple[float, float] | None = None, env_id: str | Non
         raise ValueError(f"{name} cannot be read ({_line(error)}); a whole file that you may read works") from error
     own = source.env_id or env_id or ""
     if env_id and ":" not in own + env_id and _task(own) != _task(env_id):  # module:Class may be of any task
-        raise ValueError(f"--env {env_id}: {name} is of {own}, another task; leave --env out")
+        raise ValueError(f"--env {env_id}: {name} is of {own}, of which this is no version; leave --env out")
     columns, notes = _checked(name, source), list(source.notes)
     if "next_obs" not in columns:
         notes.append(_drop_time_outs(columns))

@@ -237,7 +237,7 @@ def test_a_program_with_processes_ends() -> None:
         ("CartPole-v1", {"sticky_actions": 0.25}, "sticky_actions=0.25: only native Atari games"),
         (BREAKOUT, {"sticky_actions": 0.25, "backend": "gymnasium"}, "only native Atari games"),
         (BREAKOUT, {"sticky_actions": 1.0}, "sticky_actions=1.0 must be a probability"),
-        (BREAKOUT, {"num_threads": 2, "backend": "gymnasium"}, "num_threads=2: only native MuJoCo"),
+        (BREAKOUT, {"num_threads": 2, "backend": "gymnasium"}, r"num_threads=2 \(--env-threads\): only native MuJoCo"),
         (BREAKOUT, {"num_threads": 0}, "num_processes=0 must be at least 1"),
         ("BrakoutNoFrameskip-v4", {}, "the nearest ids are BreakoutNoFrameskip-v4"),
     ],

@@ -325,7 +325,7 @@ def test_only_shapes_collide_whose_contacts_are_counted(env_id: str) -> None:
         (("Pusher-v5", [0], 1), "backend='mujoco-warp' has no Pusher-v5"),
         (("Hopper-v4", [0], 0), "num_envs=0 must be at least 1"),
         (("Hopper-v4", [0, 1], 10**9), r"num_envs=1000000000 takes \d+\.\d GB \(seeds: 2\), .* \d+ would fit"),
-        (("Hopper-v4", [0], 1, 2), "num_threads=2: only native MuJoCo and Atari environments"),
+        (("Hopper-v4", [0], 1, 2), r"num_threads=2 \(--env-threads\): only native MuJoCo and Atari environments"),
     ],
 )
 def test_refusals_say_what_would_work(arguments: tuple[Any, ...], message: str) -> None:

@@ -169,6 +169,8 @@ class RunLog:
         for folder in reversed(self.folders):  # the first one counts, so it comes last
             config = json.loads((folder / "config.json").read_text())
             config["total_timesteps"] = config["args"]["total_timesteps"] = total_timesteps
+            begun = re.sub(r" --total[-_]timesteps[= ]\S+", "", config["command"])
+            config["command"] = f"{begun} --total-timesteps {total_timesteps}"  # the same run, as nothing is annealed
             replace_file(folder / "config.json", json.dumps(config, indent=2).encode())
 
     def close(self) -> None:

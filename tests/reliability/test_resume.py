@@ -345,6 +345,7 @@ def test_a_run_without_annealing_can_be_prolonged(lab: Lab, tmp_path: Path) -> N
     for folder in folders:
         config = json.loads((folder / "config.json").read_text())
         assert (config["total_timesteps"], config["args"]["total_timesteps"]) == (640, 640)
+        assert re.findall(r"--total-timesteps.(\d+)", config["command"]) == ["640"]  # which makes the same run
     assert "is finished: 640 steps" in lab.run("--resume", folders[0]).out
 
 

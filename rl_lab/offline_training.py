@@ -154,7 +154,7 @@ class OfflineRun(Run):
             args.require(name, nbytes <= room, f"one for which there is room: {told}")
         spec = {name: (tuple(x.shape[1:]), x.dtype) for name, x in data.columns.items()}
         self.replay = Replay(spec, 1, 1, len(data), args.gamma, device=args.torch_device, compile=args.compile)
-        self.replay.add({name: x.unsqueeze(1).to(args.torch_device) for name, x in data.columns.items()})
+        self.replay.add({name: x.unsqueeze(1) for name, x in data.columns.items()})
         self.best = torch.full((args.num_seeds,), -torch.inf, dtype=torch.float64)  # mean return of an evaluation
         origin = {
             "name": data.name,

@@ -75,7 +75,7 @@ def coverage(dataset: Dataset) -> dict[str, list[float]]:
 def _at_bounds(actions: Tensor, space: spaces.Box) -> Tensor:
     """(A,) share of the actions (n, ...) at the bounds, dimension by dimension."""
     low, high = (torch.from_numpy(bound).double() for bound in (space.low, space.high))
-    room = AT_BOUNDS * (high - low)
+    room = AT_BOUNDS * (high - low).nan_to_num(posinf=0.0)
     return ((actions <= low + room) | (actions >= high - room)).double().mean(0).flatten()
 
 

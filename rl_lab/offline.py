@@ -128,6 +128,7 @@ class Source(NamedTuple):
     scores: tuple[float | None, float | None]  # its own
     notes: tuple[str, ...] = ()
     d4rl_scores: tuple[float, float] | None = None  # of the task that it is named after
+    in_a_row: bool = False  # one episode's rows after another's, which flags alone tell apart
 
 
 def load(name: str, scores: tuple[float, float] | None = None, env_id: str | None = None) -> Dataset:
@@ -140,7 +141,7 @@ def load(name: str, scores: tuple[float, float] | None = None, env_id: str | Non
         scores: mean returns of a random and of an expert policy, instead of D4RL's or, where D4RL lacks the task, the
             data set's own.
         env_id: of the environment to judge in, if not the data's own, of the same task; whether it has the data's
-            spaces is for `Dataset.require_env`. A D4RL file whose name tells no environment takes Gymnasium's spaces.
+            spaces is for `Dataset.require_env`. A D4RL file takes its spaces, where Gymnasium can make it.
     Raises:
         ValueError: if a package or the data set is missing, or it cannot be read, is damaged or does not fit.
     """
@@ -154,6 +155,8 @@ def load(name: str, scores: tuple[float, float] | None = None, env_id: str | Non
     if env_id and ":" not in own + env_id and _task(own) != _task(env_id):  # module:Class may be of any task
         raise ValueError(f"--env {env_id}: {name} is of {own}, of which this is no version; leave --env out")
     columns, notes = _checked(name, source), list(source.notes)
+    if source.in_a_row:
+        notes += _check_successors(columns)
     if "next_obs" not in columns:
         notes.append(_drop_time_outs(columns))
     if not len(columns["rewards"]):
@@ -171,7 +174,12 @@ def load(name: str, scores: tuple[float, float] | None = None, env_id: str | Non
     if env_id and env_id != own:
         notes.append(f"The data are of {own}, judged in {env_id}.")
     spaces = source.observation_space, source.action_space
-    return Dataset(name, own or None, columns, *spaces, known, checksum(columns), tuple(notes))
+    data = Dataset(name, own or None, columns, *spaces, known, checksum(columns), tuple(notes))
+    spec, longest = gym.registry.get(own), int(data.episode_lengths.max())
+    if source.in_a_row and spec and spec.max_episode_steps and longest > spec.max_episode_steps:
+        length = f"an episode of {longest:,} steps, {own} ends after {spec.max_episode_steps:,}"
+        raise ValueError(f"{name} has {length}: flag every time-out in `timeouts`, or add next_observations")
+    return data
 
 
 def _task(env_id: str) -> str:
@@ -225,7 +233,26 @@ def _read_d4rl(name: str, env_id: str | None) -> Source:
             needed = ", ".join(sorted(D4RL_COLUMNS[ours] for ours in missing))
             raise ValueError(f"{name} is no D4RL file: it lacks {needed} and holds {found}")
     scores = reference_scores(task) if task in _d4rl_tasks() else None  # none of Ant_maze_..., another task
-    return Source(own, columns, *_spaces(own), (None, None), d4rl_scores=scores)
+    return Source(own, columns, *_spaces(own, env_id or own), (None, None), d4rl_scores=scores, in_a_row=True)
+
+
+def _check_successors(columns: dict[str, Tensor]) -> list[str]:
+    """Hold next_obs, where a D4RL file gives it, against the next row's obs; returns what was done.
+
+    A break within an episode is a time-out that its file does not flag. Where all time-outs lead on to the next
+    episode's first observation, next_obs is but the next row's, and no true successor.
+    """
+    if "next_obs" not in columns:
+        return []
+    terminated, truncated = columns["terminated"], columns["truncated"]
+    goes_on = torch.isclose(columns["next_obs"][:-1], columns["obs"][1:], atol=1e-6).flatten(1).all(1)
+    broken, timed_out = ~(goes_on | terminated[:-1] | truncated[:-1]), (truncated & ~terminated)[:-1]
+    if timed_out.any() and goes_on[timed_out].all():
+        del columns["next_obs"]
+        return ["At all time-outs next_observations hold the next row's observation; they are not used."]
+    truncated[:-1] |= broken
+    told = f"Rows within an episode that do not lead to the next one: {broken.sum():,}; they count as truncated."
+    return [told] if broken.any() else []
 
 
 def _drop_time_outs(columns: dict[str, Tensor]) -> str:
@@ -309,6 +336,8 @@ def _minari_folder(name: str) -> Path:
     for folder in (path, path / "data", home):
         if (folder / "metadata.json").is_file():
             return folder
+    if path.is_file():
+        raise ValueError(f"{name} is no data set: D4RL's files end in .hdf5 or .h5, Minari's sets are folders")
     if path.exists():
         raise ValueError(f"{name} is no Minari folder: metadata.json is neither in it nor in its data")
     if not re.fullmatch(r"([-\w]+/)*[-\w]+-v\d+", name):
@@ -332,11 +361,14 @@ def _minari_folder(name: str) -> Path:
     return home
 
 
-def _spaces(env_id: str) -> tuple[gym.Space[Any], gym.Space[Any]]:
+def _spaces(own: str, env_id: str) -> tuple[gym.Space[Any], gym.Space[Any]]:
+    """Those of `env_id`, or of `own` where that is module:Class, which Gymnasium cannot make."""
     try:
         with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # -v4, which D4RL's stand for
             env = gym.make(env_id, disable_env_checker=True)
     except (gym.error.Error, ImportError) as error:
+        if ":" in env_id and own != env_id:
+            return _spaces(own, own)
         raise ValueError(f"--env {env_id} cannot be made: {_line(error)}") from error
     env.close()
     return env.observation_space, env.action_space
@@ -367,7 +399,7 @@ def _checked(name: str, source: Source) -> dict[str, Tensor]:
     obs, actions = _kind(source.observation_space), _kind(source.action_space)
     kinds = {"obs": obs, "actions": actions, "rewards": ((), np.dtype(np.float32)), "next_obs": obs}
     count, checked = len(np.atleast_1d(source.columns["rewards"])), {}
-    for key, column in source.columns.items():
+    for key, column in sorted(source.columns.items(), key=lambda item: item[0] != "rewards"):  # which count the rest
         shape, dtype = kinds.get(key, ((), np.dtype(np.bool_)))
         if column.shape != (count, *shape):
             raise ValueError(
@@ -381,7 +413,7 @@ def _checked(name: str, source: Source) -> dict[str, Tensor]:
         _refuse(name, key, x, ~x.isfinite(), "not finite")
         checked[key] = x
     low, high = (torch.as_tensor(bound, dtype=torch.float64) for bound in _bounds(source.action_space))
-    room = ROUNDING * (high - low)
+    room = ROUNDING * (high - low).nan_to_num(posinf=0.0)
     outside = (checked["actions"] < low - room) | (checked["actions"] > high + room)
     _refuse(name, "actions", checked["actions"], outside, f"outside of {source.action_space}")
     return checked

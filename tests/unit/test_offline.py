@@ -124,12 +124,15 @@ def test_the_checksum_is_the_contents(tmp_path: Path) -> None:
 
 def test_d4rls_and_minaris_format_have_one_checksum(tmp_path: Path) -> None:
     obs = np.repeat(np.arange(9, dtype=np.float32)[:, None], 17, axis=1)
+    obs[6:] += 1  # a reset after the time-out of row 5
+    following = obs[1:].copy()
+    following[5] = 6
     actions, rewards = d4rl_columns()["actions"], d4rl_columns()["rewards"]
     ends = [(0, 3, "terminations"), (3, 6, "truncations"), (6, 8, "nothing")]
-    episodes = [(obs[a : b + 1], actions[a:b], rewards[a:b], end) for a, b, end in ends]
+    episodes = [([*obs[a:b], following[b - 1]], actions[a:b], rewards[a:b], end) for a, b, end in ends]
     half_cheetah = {"observation_space": Box(-INF, INF, (17,)), "action_space": Box(-1, 1, (6,))}
     write_minari(episodes, **half_cheetah)
-    assert load(write_d4rl(tmp_path, next_observations=obs[1:])).checksum == load(ID).checksum
+    assert load(write_d4rl(tmp_path, observations=obs[:8], next_observations=following)).checksum == load(ID).checksum
 
 
 def test_an_open_end_counts_as_truncated() -> None:
@@ -226,13 +229,49 @@ def test_d4rls_scores_are_the_tables(shared: Path) -> None:
 
 
 def test_d4rl_with_next_observations(tmp_path: Path) -> None:
-    following = np.random.default_rng(0).normal(size=(8, 17))
+    following = np.repeat(np.array([1, 2, 9, 4, 5, 9, 7, 9])[:, None], 17, axis=1)
     data = load(write_d4rl(tmp_path, next_observations=following))
     assert (len(data), data.env_id, data.scores) == (8, "HalfCheetah-v4", (-280.178953, 12135.0))
     assert data.columns["next_obs"].tolist() == following.astype(np.float32).tolist()
     assert data.columns["truncated"].tolist() == [F, F, F, F, F, T, F, T]
     assert data.episode_returns.tolist() == [7, 56, 192]
-    assert data.action_space.shape == (6,)
+    assert data.action_space.shape == (6,) and data.notes == (
+        "The data end within an episode; its last step counts as truncated.",
+    )
+
+
+def test_d4rls_next_observations_tell_time_outs_that_no_flag_does(tmp_path: Path) -> None:
+    """Row 3 does not lead to row 4, as the IQL authors' loader has it: an episode ends there."""
+    following = np.repeat(np.array([1, 2, 9, 8, 5, 9, 7, 9])[:, None], 17, axis=1)
+    data = load(write_d4rl(tmp_path, next_observations=following))
+    assert data.columns["truncated"].tolist() == [F, F, F, T, F, T, F, T]
+    assert data.columns["next_obs"][:, 0].tolist() == following[:, 0].tolist()
+    assert data.episode_lengths.tolist() == [3, 1, 2, 2]
+    assert data.notes[0].startswith(
+        "Rows within an episode that do not lead to the next one: 1; they count as truncated"
+    )
+
+
+def test_d4rls_next_observations_made_of_the_next_rows_are_not_used(tmp_path: Path) -> None:
+    """At the time-out of row 5 they hold a reset's observation, which a target would take for its successor."""
+    made = load(write_d4rl(tmp_path, next_observations=np.roll(d4rl_columns()["observations"], -1, axis=0)))
+    assert made.checksum == load(write_d4rl(tmp_path)).checksum
+    assert made.notes[0].startswith("At all time-outs next_observations hold the next row's observation")
+
+
+@pytest.mark.parametrize("following", [False, True])
+def test_a_d4rl_file_that_flags_too_few_time_outs_is_refused(tmp_path: Path, following: bool) -> None:
+    """HalfCheetah's episodes end after 1,000 steps: a longer one has a reset in it, which next_observations tell."""
+    rows = 1002
+    columns = d4rl_columns(rows) | {"actions": np.zeros((rows, 6)), "rewards": np.ones(rows)}
+    columns |= {"terminals": np.zeros(rows), "timeouts": np.zeros(rows)}
+    if following:
+        columns["next_observations"] = columns["observations"] + np.where(np.arange(rows) == 999, 5, 1)[:, None]
+        assert load(write_d4rl(tmp_path, **columns)).episode_lengths.tolist() == [1000, 2]
+        return
+    told = "has an episode of 1,001 steps, HalfCheetah-v4 ends after 1,000: flag every time-out in `timeouts`, or add"
+    with pytest.raises(ValueError, match=told):
+        load(write_d4rl(tmp_path, **columns))
 
 
 def test_d4rl_without_next_observations_loses_its_time_outs(tmp_path: Path) -> None:
@@ -265,6 +304,27 @@ def test_the_environment_of_a_file_can_be_said(tmp_path: Path) -> None:
     assert data.scores == (96.262799, 3076.8331017826877)  # those of the task that the file is named after
 
 
+def test_d4rls_ant_has_an_environment_with_contact_forces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = "gymnasium.envs.mujoco.ant_v4:AntEnv"
+    registered = (
+        f"import gymnasium as gym\n\ngym.register('Ant-v9', {entry!r}, kwargs={{'use_contact_forces': True}})\n"
+    )
+    (tmp_path / "contact.py").write_text(registered)
+    monkeypatch.syspath_prepend(tmp_path)
+    shapes = {"observations": np.zeros((8, 111)), "actions": np.zeros((8, 8))}
+    name = write_d4rl(tmp_path, "ant-medium-v2.hdf5", **shapes)
+    with pytest.raises(ValueError, match=r"obs has shape \(8, 111\); \(8, 27\) fits"):
+        load(name)
+    data = load(name, env_id="contact:Ant-v9")
+    assert data.observation_space.shape == (111,) and data.env_id == "Ant-v4" and data.scores == reference_scores("ant")
+
+
+def test_half_a_bound_is_one(tmp_path: Path) -> None:
+    write_minari([(EPISODES[0][0], [1, -1, 1], [1, 1, 1], "terminations")], action_space=Box(0, INF, (1,)))
+    with pytest.raises(ValueError, match=r"actions of step 1 is -1, outside of Box\(0.0, inf"):
+        load(ID)
+
+
 def with_value(key: str, value: float) -> dict[str, Any]:
     column = np.array(d4rl_columns()[key], np.float64)
     column[3] = value
@@ -280,7 +340,7 @@ def with_value(key: str, value: float) -> dict[str, Any]:
         ({"observations": np.zeros((8, 11))}, r"obs has shape \(8, 11\); \(8, 17\) fits"),
         ({"next_observations": np.zeros((8, 16))}, r"next_obs has shape \(8, 16\); \(8, 17\) fits"),
         ({"rewards": np.zeros((8, 1))}, r"rewards has shape \(8, 1\); \(8,\) fits"),
-        ({"rewards": 1.0}, r"obs has shape \(8, 17\); \(1, 17\) fits"),
+        ({"rewards": 1.0}, r"rewards has shape \(\); \(1,\) fits"),
         (with_value("rewards", np.nan), "rewards of step 3 is nan, not finite"),
         (with_value("observations", INF), "obs of step 3 is inf, not finite"),
         (with_value("observations", 1e39), "obs of step 3 is inf, not finite"),  # beyond float32
@@ -314,6 +374,9 @@ def test_a_cut_foreign_or_missing_file_is_refused(tmp_path: Path) -> None:
             load(name)
     with pytest.raises(ValueError, match=r"^no\.hdf5 is no file; D4RL's are at http"):
         load("no.hdf5")
+    (tmp_path / "hopper.hdf5.gz").write_bytes(whole)
+    with pytest.raises(ValueError, match=r"gz is no data set: D4RL's files end in \.hdf5 or \.h5, Minari's sets are"):
+        load(str(tmp_path / "hopper.hdf5.gz"))
 
 
 def test_another_environment_is_refused(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def flat_size(space: gym.Space[Any]) -> int:
         raise ValueError(f"observations must be in a Box space, not {space}; a Gymnasium wrapper can flatten them")
     if space.dtype == np.uint8 and len(space.shape) > 1 and sorted(space.shape)[-2] >= 32:  # grids of objects are less
         what = f"observations {space.shape} of bytes are images"
-        raise ValueError(f"{what}: only Atari's commands, as rl_lab.dqn, have a network for them, of (C, 84, 84)")
+        raise ValueError(f"{what}: only dqn, ppo and their kin have a network, for PongNoFrameskip-v4's (C, 84, 84)")
     return math.prod(space.shape)
 
 

@@ -391,7 +391,6 @@ class Replay:
                 level.copy_(state["tree"][str(k)])
         if cut is not None:
             row = (self.written - 1) % self.rows
-            going = ~(self.columns["terminated"][row] | self.columns["truncated"][row])
-            self.columns["truncated"][row] |= going
-            for place in going.nonzero().flatten().tolist() if self.stack else ():
-                self.ends.setdefault(row, {})[place] = cut[place, -1].clone()
+            self.columns["truncated"][row] |= ~self.columns["terminated"][row]
+            for place in range(len(cut)) if self.stack else ():  # whose episode had ended has a frame already
+                self.ends.setdefault(row, {}).setdefault(place, cut[place, -1].clone())

@@ -389,6 +389,21 @@ def test_a_cut_ends_an_episode(alpha: float, stack: int, n_step: int) -> None:
             assert_equal(batch, seed, i, rolled(steps, *divmod(number, 4), n_step))
 
 
+def test_a_cut_is_the_same_however_often_it_is_resumed(tmp_path: Path) -> None:
+    """A replay on disk keeps the flag of the first resume, the checkpoint has no frame for it."""
+    before = stream(6, 4, 4, 0)
+    first = Replay(spec(4), 2, 2, 40, GAMMA, stack=4, folder=tmp_path)
+    first.add(before)
+    state = first.state_dict()
+    ends = []
+    for _ in range(2):
+        resumed = Replay(spec(4), 2, 2, 40, GAMMA, stack=4, folder=tmp_path)
+        resumed.load_state_dict(state, cut=before["next_obs"][-1])
+        ends.append(resumed.ends)
+        everything(resumed)
+    assert ends[0].keys() == ends[1].keys() and ends[0][5].keys() == ends[1][5].keys() == set(range(4))
+
+
 def assert_equal_batches(found: Batch, expected: Batch) -> None:
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], x) for name, x in expected.items())

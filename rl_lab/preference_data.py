@@ -155,11 +155,11 @@ def _example(row: Any, kind: str, where: str) -> Example | None:
         steps, labels = row["completions"], row["labels"]
         if not isinstance(steps, list) or not isinstance(labels, list) or len(steps) != len(labels) or not steps:
             raise ValueError(f"{where}: completions and labels must be lists of one length, with a step or more")
-        answers = tuple(_answer(x, where) for x in steps)
+        answers = tuple(_answer(x, where, row["prompt"]) for x in steps)
         return Example(_prompt(row["prompt"], where), answers, tuple(_label(x, where) for x in labels), where)
     if kind == "labelled completions":
         _demand(row, ("prompt", "completion", "label"), where)
-        answer = _answer(row["completion"], where)
+        answer = _answer(row["completion"], where, row["prompt"])
         return Example(_prompt(row["prompt"], where), (answer,), (_label(row["label"], where),), where)
     if kind == "prompts" and "prompt" in row:
         return Example(_prompt(row["prompt"], where), (), (), where)
@@ -175,7 +175,7 @@ def _pair(row: dict[str, Any], where: str) -> Example | None:
     if margin is not None and (not isinstance(margin, int | float) or not 0 <= margin < math.inf):
         raise ValueError(f"{where}: margin {margin!r} must be a finite number, 0 or more")
     if "prompt" in row:
-        answers = _answer(row["chosen"], where), _answer(row["rejected"], where)
+        answers = tuple(_answer(row[name], where, row["prompt"]) for name in ("chosen", "rejected"))
         return Example(_prompt(row["prompt"], where), answers, (), where, margin)
     (prompt, chosen), (other, rejected) = (_split(_turns(row[name], where), where) for name in ("chosen", "rejected"))
     return Example(prompt, (chosen, rejected), (), where, margin) if prompt == other else None
@@ -185,7 +185,7 @@ def _completion(row: dict[str, Any], where: str) -> Example:
     if "completion" in row and "label" in row:
         raise ValueError(f"{where}: a labelled completion, which may be a bad one; without label it is one to imitate")
     if "prompt" in row and ("completion" in row or "chosen" in row):
-        answer = _answer(row.get("completion", row.get("chosen")), where)
+        answer = _answer(row.get("completion", row.get("chosen")), where, row["prompt"])
         return Example(_prompt(row["prompt"], where), (answer,), (), where)
     for name in ("messages", "chosen", "text"):
         if name in row:
@@ -211,13 +211,17 @@ def _prompt(value: Any, where: str) -> Prompt:
 def _turns(value: Any, where: str) -> Prompt:
     """A string as it is, a transcript and messages as messages."""
     if isinstance(value, str):
-        return _transcript(value) if value.startswith("\n\nHuman:") else value
+        return _transcript(value) if _is_transcript(value) else value
     if not isinstance(value, list) or not value:
         raise ValueError(f"{where}: {value!r:.80} is neither a string nor a list of messages")
     for message in value:
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
             raise ValueError(f"{where}: {message!r:.80} is no message: it needs a role and a content, both strings")
     return [{"role": message["role"], "content": message["content"]} for message in value]
+
+
+def _is_transcript(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith("\n\nHuman:")
 
 
 def _transcript(text: str) -> list[Message]:
@@ -236,10 +240,10 @@ def _split(whole: Prompt, where: str) -> tuple[Prompt, str]:
     return whole[:-1], whole[-1]["content"]
 
 
-def _answer(value: Any, where: str) -> str:
-    """A completion: a string, or one message of the assistant."""
+def _answer(value: Any, where: str, prompt: Any = None) -> str:
+    """A completion: a string, without space around it if it goes on a transcript; or one message of the assistant."""
     if isinstance(value, str):
-        return value
+        return value.strip() if _is_transcript(prompt) else value
     messages = _turns(value, where)
     if len(messages) != 1 or messages[0]["role"] != "assistant":  # type: ignore[index]
         raise ValueError(

@@ -34,10 +34,12 @@ FORMATS: list[tuple[str, dict[str, Any], Any, tuple[str, ...], tuple[bool, ...]]
     (PAIRS, {"prompt": [USER], "chosen": "8848 m", "rejected": "tall"}, [USER], ("8848 m", "tall"), ()),
     (PAIRS, {"chosen": [USER, GOOD], "rejected": [USER, BAD]}, [USER], ("8848 m", "tall"), ()),
     (PAIRS, {"chosen": TALK + " 8848 m", "rejected": TALK}, TURNS, ("8848 m", ""), ()),
-    (PAIRS, {"prompt": TALK, "chosen": "8848 m", "rejected": "tall"}, TURNS, ("8848 m", "tall"), ()),
+    (PAIRS, {"prompt": TALK, "chosen": " 8848 m", "rejected": " tall"}, TURNS, ("8848 m", "tall"), ()),
     (PAIRS, {"prompt": None, "chosen": [USER, GOOD], "rejected": [USER, BAD]}, [USER], ("8848 m", "tall"), ()),
     ("completions", {"prompt": "1+1=", "completion": "2"}, "1+1=", ("2",), ()),
     ("completions", {"prompt": [USER], "completion": [GOOD]}, [USER], ("8848 m",), ()),
+    ("completions", {"prompt": TALK, "completion": " 8848 m"}, TURNS, ("8848 m",), ()),
+    ("completions", {"prompt": "Once", "completion": " upon"}, "Once", (" upon",), ()),  # which goes on a plain text
     ("completions", {"messages": [USER, GOOD]}, [USER], ("8848 m",), ()),
     ("completions", {"text": "Once upon"}, "", ("Once upon",), ()),
     ("completions", {"text": TALK + " 8848 m"}, TURNS, ("8848 m",), ()),

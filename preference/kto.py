@@ -10,7 +10,8 @@ in its version 4.
 
 Differs from the paper: z_0 is that of the whole batch, over all micro-batches and processes, so that the gradient does
 not depend on how it is split; y' is the next example's completion unless that has the same prompt. Pairs give a
-desirable and an undesirable completion each. Dropout is off; nothing is truncated. The tables are in docs/kto.md.
+desirable and an undesirable completion each. Dropout is off; nothing is truncated but y', where it would end beyond
+--max-tokens. The tables are in docs/kto.md.
 
     python -m rl_lab.kto --model smollm2-135m --data labelled.jsonl
 """
@@ -182,9 +183,10 @@ def train(args: Args) -> LanguageRun:
 
     def point_of(batch: Sequence[int]) -> Tensor:
         """() z_0 of a whole batch; processes share the work."""
-        wrong = [
-            Tree(trees[i].prompt, trees[j].branches) for i, j in zip(batch, mismatched(batch, prompts), strict=True)
-        ]
+        wrong = []
+        for i, j in zip(batch, mismatched(batch, prompts), strict=True):
+            room = args.max_tokens - len(trees[i].prompt)
+            wrong.append(Tree(trees[i].prompt, (trees[j].branches[0][:room],)))
         logps = torch.zeros(2, len(batch), device=args.torch_device)
         for row, of in zip(logps, (model, reference), strict=True):
             row[rank::size] = branch_logprobs(of, wrong[rank::size], args.micro_tokens, args.bf16)

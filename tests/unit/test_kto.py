@@ -183,6 +183,24 @@ def test_mismatched_trees_have_other_prompts(tiny_model: Path, tmp_path: Path, m
     assert not true & {(*tree.prompt, *tree.branches[0]) for trees in seen for tree in trees}
 
 
+def test_mismatched_trees_keep_to_max_tokens(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long prompt and another one's long answer, each of which fits with its own: the answer is cut."""
+    rows = [
+        {"prompt": letter * length, "completion": letter * (30 - length), "label": length > 9}
+        for letter, length in zip("abcdefghijklmnop", (2, 26) * 8, strict=True)
+    ]
+    seen: list[Tree] = []
+
+    def watched(model: Any, trees: list[Tree], *rest: Any) -> Any:
+        seen.extend(trees)
+        return branch_logprobs(model, trees, *rest)
+
+    monkeypatch.setattr(kto, "branch_logprobs", watched)
+    trained(kto, tiny_model, write(tmp_path / "long.jsonl", rows), steps=4, batch_size=4, max_tokens=32,
+            train=(0.0, 0.5), holdout=(0.5, 1.0))  # fmt: skip
+    assert max(map(len, seen)) == 32
+
+
 def test_singles() -> None:
     """A pair is a desirable and an undesirable completion; the rest has labels."""
     pair, single = Example("a", ("b", "c"), (), ""), Example("d", ("e",), (False,), "")

@@ -54,7 +54,7 @@ class Verdicts(NamedTuple):
     Attributes:
         wins: (N,) of the first answer: 1, 0 or 0.5 for a tie.
         probabilities: (N,) that the first answer wins, of judges that have them; else ().
-        agreed: (N,) whether both orders gave the same winner, None where a reply was unparsable, or answers are equal
+        agreed: (N,) whether both orders gave the same verdict, None where a reply was unparsable, or answers are equal
             and nothing was asked; () of judges that do not see both answers.
         usage: of endpoints: requests, prompt_tokens and completion_tokens; unmetered, the replies that do not say how
             many tokens they took; nonsense, those that were neither A, B nor tie; unparsable, those that still were not
@@ -68,7 +68,7 @@ class Verdicts(NamedTuple):
 
     @property
     def agreement(self) -> float | None:
-        """Share of pairs with the same winner in both orders, among those judged in both."""
+        """Share of pairs with the same verdict in both orders, among those judged in both."""
         judged = [x for x in self.agreed if x is not None]
         return sum(judged) / len(judged) if judged else None
 
@@ -153,8 +153,6 @@ class RewardJudge:
         twice = [prompt for prompt in prompts for _ in range(2)]
         texts = [text for pair in zip(first, second, strict=True) for text in pair]
         a, b = torch.tensor(self.reward(twice, texts)).view(-1, 2).unbind(1)  # (N,)
-        same = torch.tensor([x == y for x, y in zip(first, second, strict=True)])
-        b = torch.where(same, a, b)  # equal answers tie, whatever was rounded
         return Verdicts(_higher(a.tolist(), b.tolist(), self.name), (a - b).sigmoid().tolist())
 
 

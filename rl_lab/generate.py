@@ -17,7 +17,6 @@ from rl_lab.generation import Sampler, choose
 from rl_lab.language import (
     Message,
     Prompt,
-    encode_prompt,
     is_reward_model,
     load_model,
     load_tokenizer,
@@ -79,7 +78,7 @@ def complete(
 @torch.no_grad()
 def stream(sampler: Sampler, prompt: Prompt, temperature: float) -> Iterator[int]:
     """The tokens of one answer as they come, without the one that ends it."""
-    cache, ids = None, encode_prompt(sampler.tokenizer, prompt)
+    cache, ids = None, sampler.encode(prompt)
     for _ in range(sampler.longest):
         inputs = torch.tensor([ids], device=sampler.generator.device)
         out = sampler.model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)

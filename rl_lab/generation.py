@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rl_lab.language import Prompt, Tokens, Tree, autocast, common_prefix, encode_prompt
+from rl_lab.language import Prompt, Tokens, Tree, autocast, common_prefix, encode_prompt, longest_text
 from rl_lab.rollout import Rollout
 
 
@@ -113,7 +113,7 @@ class Sampler:
         self, model: Any, tokenizer: Any, stop: str, longest: int, generator: torch.Generator, bf16: bool
     ) -> None:
         self.model, self.tokenizer, self.stop, self.longest = model, tokenizer, stop, longest
-        self.generator, self.bf16 = generator, bf16
+        self.generator, self.bf16, self.room = generator, bf16, longest_text(model, packed=False)
         ends = model.generation_config.eos_token_id
         ids = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [] if ends is None else [ends])}
         if stop:  # which may be a part of many tokens
@@ -121,11 +121,19 @@ class Sampler:
             ids |= {i for i, text in enumerate(texts) if stop in text}
         self.eos_ids = sorted(ids)
 
+    def encode(self, prompt: Prompt) -> Tokens:
+        """A prompt's tokens. ValueError if the model was not made for so many and a completion's."""
+        ids = encode_prompt(self.tokenizer, prompt)
+        if len(ids) + self.longest > self.room:
+            told = f"{len(ids):,} tokens of a prompt and {self.longest:,} of its completion"
+            raise ValueError(f"{told} are more than the {self.room:,} that the model was made for")
+        return ids
+
     def __call__(
         self, prompts: list[Prompt], group_size: int, temperature: float
     ) -> tuple[list[Tree], list[str], Tensor]:
         """The prompts' trees of `group_size` branches each, all completions as text, and whether each was cut."""
-        ids = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
+        ids = [self.encode(prompt) for prompt in prompts]
         with autocast(self.generator.device, self.bf16):
             rollout = generate(self.model, ids, group_size, self.longest, temperature, self.eos_ids, self.generator)
         tokens = completions(rollout)

@@ -9,6 +9,7 @@ begin with is computed once, and logits only where a completion's token is predi
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import warnings
@@ -138,6 +139,16 @@ def load_model(name: str, flag: str = "--model", num_labels: int = 0, seed: int 
         raise ValueError(f"{flag} {name}: {bad[0]} has numbers that are not finite")
     _require_trees(model.eval(), f"{flag} {name}")
     return model
+
+
+def longest_text(model: Any, packed: bool = True) -> float:
+    """Tokens of a text at most: as many as there are positions; packed, also as a window of the attention spans.
+
+    `pack` gives every layer one mask, which sees all that comes before.
+    """
+    config = model.config.get_text_config()
+    names = ["max_position_embeddings", *["sliding_window", "attention_chunk_size"] * packed]
+    return min((x for name in names if (x := getattr(config, name, None))), default=math.inf)
 
 
 def is_reward_model(name: str, flag: str = "--model") -> bool:

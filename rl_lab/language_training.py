@@ -20,8 +20,9 @@ from rl_lab import distributed
 from rl_lab.checkpoint import replace_file
 from rl_lab.cli import BaseArgs
 from rl_lab.distributed import ranks, summed, whole
-from rl_lab.language import Tree, add_lora, load_model, load_tokenizer, save_model
+from rl_lab.language import Tree, add_lora, load_model, load_tokenizer, longest_text, save_model
 from rl_lab.optim import fast_bf16
+from rl_lab.preference_checks import template_end
 from rl_lab.preference_data import Example, read, select, tokenize
 from rl_lab.reference import digest
 from rl_lab.run import SMALLER, BaseRun
@@ -132,6 +133,9 @@ def open_data(args: PreferenceArgs, tokenizer: Any, kind: str) -> tuple[Examples
         shares.append(Examples([chosen[i] for i in kept], trees))
         if len(kept) < len(chosen):
             print(f"--{field}: {told}")
+    messages = any(not isinstance(example.prompt, str) for example in everything)
+    if messages and (end := template_end(tokenizer)).level != "ok":
+        print(f"the chat template of --model {args.model}: {end.text}")
     if left_out:
         print(f"{len(left_out)} pairs are left out: their answers do not follow one prompt (the first: {left_out[0]})")
     train, (examples, trees) = shares
@@ -150,7 +154,7 @@ def open_model(args: LanguageArgs, num_labels: int = 0) -> tuple[Any, Any]:
     tokenizer = load_tokenizer(args.model)
     model = load_model(args.model, num_labels=num_labels, seed=args.seed)
     if isinstance(args, PreferenceArgs):
-        most = getattr(model.config, "max_position_embeddings", None) or args.max_tokens
+        most = longest_text(model)
         args.require("max_tokens", args.max_tokens <= most, f"at most {most}, what --model {args.model} was made for")
     if args.lora_rank:
         model = add_lora(model, args.lora_rank, args.seed)

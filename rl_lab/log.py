@@ -302,6 +302,21 @@ def _masked_crc32c(data: bytes) -> bytes:
     return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
 
 
+def run_folder(name: str) -> Path:
+    """The folder that has a model's flags, if any has: RUN for RUN/model too."""
+    folder = Path(name).resolve()
+    return folder.parent if folder.name == "model" else folder
+
+
+def run_flags(folder: Path) -> dict[str, Any] | None:
+    """A run folder's flags; None of another folder."""
+    try:
+        flags = json.loads((folder / "config.json").read_text())["args"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return flags if isinstance(flags, dict) else None
+
+
 def provenance() -> dict[str, Any]:
     """What it takes to do a run again; neither the environment's variables nor names of people or machines."""
     versions = {"python": platform.python_version(), "rl_lab": __version__}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,8 +16,10 @@ from rl_lab.language import (
     is_reward_model,
     load_model,
     load_tokenizer,
+    longest_text,
     score,
 )
+from rl_lab.log import run_flags, run_folder
 
 MICRO_TOKENS = 2048  # computed at once
 
@@ -35,25 +36,38 @@ class RewardModel:
         self.tokenizer = load_tokenizer(name, flag)
         if not is_reward_model(name):
             raise ValueError(f"{flag} {name}: no reward model" + instead)
+        if (run_flags(run_folder(name)) or {}).get("kind") == "process":
+            raise ValueError(f"{flag} {name}: a model of steps, which gives an answer no score; --kind outcome's do")
         try:
             self.model = load_model(name, flag, num_labels=1).requires_grad_(False).to(device)
         except RuntimeError as error:  # sizes differ
             raise ValueError(f"{flag} {name}: its head does not give one score ({error})") from None
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
-        """A score for each completion; a prompt is computed once for those that follow each other."""
-        texts = iter(completions)
-        trees = []
+        """A score for each completion; for those of one prompt that follow each other, it is computed once.
+
+        So is the score of equal ones, which rounding would tell apart by their places.
+        """
+        texts, trees, groups = iter(completions), [], []
         for prompt, same in itertools.groupby(prompts):
-            branches = tuple(encode_completion(self.tokenizer, next(texts)) for _ in same)
+            groups.append([next(texts) for _ in same])
+            branches = tuple(encode_completion(self.tokenizer, text) for text in dict.fromkeys(groups[-1]))
             trees.append(Tree(encode_prompt(self.tokenizer, prompt), branches))
         require_room(self.model, trees, f"{self.flag} {self.name}")
-        return [x for scores in score(self.model, trees, MICRO_TOKENS) for x in scores]
+        found: list[float] = []
+        for group, scores in zip(groups, score(self.model, trees, MICRO_TOKENS), strict=True):
+            known = dict(zip(dict.fromkeys(group), scores, strict=True))
+            found += [known[text] for text in group]
+        return found
 
 
-def require_room(model: Any, trees: Sequence[Tree], name: str, more: int = 0) -> None:
-    """Raise a ValueError if texts, with `more` tokens to come, are longer than what the model was made for."""
-    most = getattr(model.config, "max_position_embeddings", None) or math.inf
+def require_room(model: Any, trees: Sequence[Tree], name: str, more: int = 0, packed: bool = True) -> None:
+    """Raise a ValueError if texts, with `more` tokens to come, are longer than what the model was made for.
+
+    Args:
+        packed: as `longest_text` takes it; false where they are but sampled from.
+    """
+    most = longest_text(model, packed)
     long = sum(len(tree.prompt) + max(map(len, tree.branches), default=0) + more > most for tree in trees)
     if long:
         raise ValueError(f"{name}: {long} of {len(trees)} texts are longer than its {most} tokens; take them out")

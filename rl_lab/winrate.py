@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from rl_lab.endpoint import Endpoint
 from rl_lab.generate import complete, open_language_model, require_sampling
 from rl_lab.generation import Sampler
 from rl_lab.language import Prompt, Tree, encode_prompt
-from rl_lab.log import provenance
+from rl_lab.log import provenance, run_flags, run_folder
 from rl_lab.optim import fast_bf16
 from rl_lab.preference.judge import (
     EndpointJudge,
@@ -126,7 +127,7 @@ def lineage(name: str) -> tuple[dict[Path, dict[str, Any]], set[str]]:
     while todo:
         name = todo.pop()
         folder = run_folder(name)
-        flags = _flags(folder)
+        flags = run_flags(folder)
         if folder in runs:
             continue
         if flags is None or not any(flags.get(key) for key in ("data", "prompts", "task")):
@@ -135,23 +136,8 @@ def lineage(name: str) -> tuple[dict[Path, dict[str, Any]], set[str]]:
             runs[folder] = flags
             named = [(key, x) for key, value in flags.items() for x in (value if isinstance(value, list) else [value])]
             names = [(key, x) for key, x in named if isinstance(x, str) and x]
-            todo += [x for key, x in names if key == "model" or _flags(run_folder(x)) is not None]
+            todo += [x for key, x in names if key == "model" or run_flags(run_folder(x)) is not None]
     return runs, unknown
-
-
-def run_folder(name: str) -> Path:
-    """The folder that has a model's flags, if any has: RUN for RUN/model too."""
-    folder = Path(name).resolve()
-    return folder.parent if folder.name == "model" else folder
-
-
-def _flags(folder: Path) -> dict[str, Any] | None:
-    """A run folder's flags; None of another folder."""
-    try:
-        flags = json.loads((folder / "config.json").read_text())["args"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return flags if isinstance(flags, dict) else None
 
 
 def require_unseen(examples: Iterable[Example], runs: dict[Path, dict[str, Any]], what: str) -> None:
@@ -197,7 +183,7 @@ def answers(
     if not tokenizer.chat_template and not all(isinstance(x, str) for x in prompts):
         raise ValueError(f"{flag} {name}: its tokenizer has no chat template, which messages need; plain prompts work")
     trees = [Tree(encode_prompt(tokenizer, x), ()) for x in prompts]
-    require_room(model, trees, f"{flag} {name}", args.max_new_tokens)
+    require_room(model, trees, f"{flag} {name}", args.max_new_tokens, packed=False)
     seed = int(np.random.SeedSequence((args.seed, stream)).generate_state(1, np.uint64)[0])
     generator = torch.Generator(model.device).manual_seed(seed)
     sampler = Sampler(model, tokenizer, stop, args.max_new_tokens, generator, fast_bf16())
@@ -255,12 +241,14 @@ def compare(args: Args) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         "baseline": _summary(args.baseline, theirs, theirs_cut),
         "unknown_training_data": sorted(set().union(*(unknown for _, unknown in models.values()))),
         "trained_with_judge": any(
-            folder == run_folder(judging) or (task and flags.get("task") == judging.removeprefix("task:"))
+            folder == run_folder(judging)
+            or (folder in models[judging][0] and "aggregation" in flags)  # a reward model that the judge comes from
+            or (task and flags.get("task") == judging.removeprefix("task:"))
             for folder, flags in models[args.policy][0].items()
         ),
     }  # fmt: skip
-    if verdicts.usage is not None and of_labels.usage is not None:
-        report["judge"]["usage"] = usage = dict(verdicts.usage + of_labels.usage)
+    if used := [x.usage for x in (verdicts, of_labels) if x.usage is not None]:  # none where all answers are equal
+        report["judge"]["usage"] = usage = dict(sum(used, Counter()))
         if args.price:
             spent = (usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0))
             report["judge"]["cost"] = sum(tokens * price for tokens, price in zip(spent, args.price, strict=True)) / 1e6
@@ -286,7 +274,7 @@ def notes(report: dict[str, Any]) -> list[str]:
         found.append("this judge is not shown to tell answers apart better than their lengths do")
     shares = {"pairs of different answers": judge["agreement"], "the human ones": judge["agreement_on_labels"]}
     if told := ", ".join(f"{share:.0%} of {name}" for name, share in shares.items() if share is not None):
-        found.append(f"both orders of the answers have the same winner in {told}; the others are ties")
+        found.append(f"both orders of the answers have the same verdict in {told}; the others are ties")
     if report["trained_with_judge"]:
         found.append(
             "the policy was trained with this judge, or with what it comes from: it may have learned its faults"

@@ -36,6 +36,7 @@ from rl_lab.preference.judge import (
 )
 from rl_lab.preference_data import Example, plain
 from rl_lab.preference_metrics import wilson
+from rl_lab.reward_models import RewardModel
 
 KEY = "sk-secret-0123456789"
 PROMPTS: list[Prompt] = ["p", [{"role": "user", "content": "q"}], "r", "s"]
@@ -88,6 +89,19 @@ def test_a_reward_model_scores_the_end_of_each_answer(tiny_model: Path, tmp_path
     assert verdicts.agreement is None
 
 
+def test_equal_answers_have_equal_scores(tiny_model: Path, tmp_path: Path) -> None:
+    """Wherever they stand among a prompt's: rounding differs by the place, and equal answers are no contrast."""
+    model = load_model(str(tiny_model), num_labels=1)
+    torch.nn.init.normal_(model.score.weight)
+    save_model(tmp_path / "model", model, load_tokenizer(str(tiny_model)))
+    reward = RewardModel(str(tmp_path), "--reward")
+    texts = ["yes", "no", "yes", "perhaps", "yes", "no", "yes", "yes"]
+    a, b, *_ = found = reward(["p"] * 8 + ["q"], [*texts, "yes"])
+    assert found[:8] == [{"yes": a, "no": b}.get(text, found[3]) for text in texts] and len({a, b, found[3]}) == 3
+    alone = [reward([prompt], [text])[0] for prompt, text in zip(["p"] * 8 + ["q"], [*texts, "yes"], strict=True)]
+    assert found == pytest.approx(alone, abs=1e-5)
+
+
 def test_judges_of_the_wrong_kind_are_refused(tiny_model: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(str(tiny_model))
     with pytest.raises(ValueError, match=r"--judge .*tiny: no reward model; llm:.*tiny asks"):
@@ -98,6 +112,12 @@ def test_judges_of_the_wrong_kind_are_refused(tiny_model: Path, tmp_path: Path) 
     save_model(tmp_path / "three", load_model(str(tiny_model), num_labels=3), tokenizer)
     with pytest.raises(ValueError, match="its head does not give one score"):
         RewardJudge(str(tmp_path / "three"))
+    (tmp_path / "steps").mkdir()
+    save_model(tmp_path / "steps" / "model", load_model(str(tiny_model), num_labels=1), tokenizer)
+    (tmp_path / "steps" / "config.json").write_text('{"args": {"kind": "process"}}')
+    for name in ("steps", "steps/model"):
+        with pytest.raises(ValueError, match="a model of steps, which gives an answer no score"):
+            RewardJudge(str(tmp_path / name))
     tokenizer.chat_template = None
     save_model(tmp_path / "plain", load_model(str(tiny_model)), tokenizer)
     with pytest.raises(ValueError, match=r"--judge llm:.*: its tokenizer needs a chat template"):

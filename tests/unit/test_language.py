@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rl_lab.generation import completions, generate
+from rl_lab.generation import Sampler, completions, generate
 from rl_lab.language import (
     Tree,
     add_lora,
@@ -19,11 +19,13 @@ from rl_lab.language import (
     load_model,
     load_tokenizer,
     locate,
+    longest_text,
     micro_batches,
     pack,
     save_model,
     token_logprobs,
 )
+from rl_lab.reward_models import require_room
 
 TREES = [Tree([5, 6, 7, 8], ([9, 10, 2], [11, 2])), Tree([20, 21], ([22], [9, 10, 2], [5, 6, 7, 8, 2]))]
 ALIKE = [Tree([5, 6, 7], ([9, 10, 2], [11, 2])), Tree([5, 6], ([22], [9, 2])), Tree([5, 6, 8, 9], ([5, 6, 7, 8, 2],))]
@@ -217,6 +219,32 @@ def test_a_model_whose_branches_would_see_each_other_is_refused(
     found = token_logprobs(model, pack(TREES))
     peers = torch.cat([alone(model, tree.prompt, x) for tree in TREES for x in tree.branches])
     torch.testing.assert_close(found, peers, rtol=1e-4, atol=1e-5)
+
+
+def test_texts_end_within_a_sliding_window(tmp_path: Path, tiny_model: Path) -> None:
+    """Beyond it a packed branch would see what one alone does not; sampled, the model has its window."""
+    transformers = pytest.importorskip("transformers")
+    flags = {"intermediate_size": 64, "num_key_value_heads": 2, "sliding_window": 8, "initializer_range": 0.3}
+    torch.manual_seed(0)
+    transformers.MistralForCausalLM(transformers.MistralConfig(**SMALL | flags)).save_pretrained(tmp_path)
+    model = load_model(str(tmp_path))
+    assert longest_text(model) == 8 and longest_text(model, packed=False) == model.config.max_position_embeddings
+    for length, same in ((7, True), (17, False)):
+        prompt = [*range(3, 3 + length)]
+        apart = token_logprobs(model, pack([Tree(prompt, ([4],))])) - alone(model, prompt, [4])
+        assert (float(apart.detach().abs()) < 1e-5) == same
+    with pytest.raises(ValueError, match=r"^x: 1 of 2 texts are longer than its 8 tokens"):
+        require_room(model, [Tree([1] * 7, ([2],)), Tree([1] * 8, ([2],))], "x")
+    assert longest_text(load_model(str(tiny_model))) == 2048
+
+
+def test_a_prompt_without_room_for_its_completion_is_refused(tiny_model: Path) -> None:
+    sample = Sampler(load_model(str(tiny_model)), load_tokenizer(str(tiny_model)), "", 8, torch.Generator(), False)
+    sample.room = 16
+    assert len(sample(["12345678"], 1, 0.0)[1]) == 1
+    told = "^9 tokens of a prompt and 8 of its completion are more than the 16 that the model was made for$"
+    with pytest.raises(ValueError, match=told):
+        sample(["1", "123456789"], 1, 0.0)
 
 
 def test_an_adapter_that_would_be_unpickled_is_refused(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def make_run(folder: Path, tiny_model: Path, labels: int = 0, **flags: Any) -> P
     if labels:
         torch.nn.init.normal_(model.score.weight)
     save_model(folder / "model", model, load_tokenizer(str(tiny_model)))
-    (folder / "config.json").write_text(json.dumps({"algo": "dpo", "args": {"model": str(tiny_model), **flags}}))
+    (folder / "config.json").write_text(json.dumps({"algo": "dpo", "args": {"model": str(tiny_model)} | flags}))
     return folder
 
 
@@ -295,7 +295,10 @@ def test_an_endpoint_judges_meters_and_keeps_the_key(
         assert ours == report["longer_wins"][name]
     shown = capsys.readouterr()
     assert f"cost {report['judge']['cost']:.4f}" in shown.out
-    assert "same winner in 100% of pairs of different answers, 100% of the human ones" in shown.out
+    assert "same verdict in 100% of pairs of different answers, 100% of the human ones" in shown.out
+    monkeypatch.setattr("rl_lab.winrate.answers", lambda *_: (["same"] * 20, [False] * 20))
+    main(flags)  # nothing is asked of the answers, but the audit is metered
+    assert json.loads((tmp_path / "report.json").read_text())["judge"]["usage"]["requests"] == 40
     endpoint.answer = lambda *_: (401, {}, f"no such key {KEY}".encode())
     with pytest.raises(SystemExit, match=r"error: --judge gpt at .*401: no such key \*\*\*"):
         main(flags)
@@ -306,11 +309,20 @@ def test_an_endpoint_judges_meters_and_keeps_the_key(
 def test_a_policy_trained_with_the_judge_is_pointed_out(
     tmp_path: Path, tiny_model: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    judge = make_run(tmp_path / "judge", tiny_model, labels=1)
+    start = make_run(tmp_path / "start", tiny_model)
+    common = {"model": str(start / "model")}  # which alone makes nothing trained with a judge
+    judge = make_run(tmp_path / "judge", tiny_model, labels=1, aggregation=None, **common)
+    other = make_run(tmp_path / "other", tiny_model, **common)
     policy = make_run(tmp_path / "policy", tiny_model, reward=["math:cos", str(judge)])  # as grpo writes it
+    later = make_run(tmp_path / "later", tiny_model, labels=1, aggregation=None, model=str(judge / "model"))
     monkeypatch.setattr("rl_lab.winrate.answers", lambda _, flag, *__: ([flag] * 20, [False] * 20))
-    for model, trained in ((policy, True), (tiny_model, False)):
-        report, _ = compare(arguments(pairs, model, tiny_model, str(judge / "model")))
+    for judging, model, trained in (
+        (judge / "model", policy, True),
+        (later, policy, True),
+        (judge, tiny_model, False),
+        (later, other, False),
+    ):
+        report, _ = compare(arguments(pairs, model, tiny_model, str(judging)))
         assert report["trained_with_judge"] == trained
         assert any("policy was trained with" in line for line in notes(report)) == trained
 

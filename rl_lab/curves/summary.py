@@ -173,7 +173,7 @@ def _panel(axes: Axes, result: Result) -> None:
         curves, colour = result.curves[side], plot.COLOURS[side]
         steps = (np.arange(curves.shape[1]) + 0.5) * result.budget / curves.shape[1]
         iqm, *band = interval(curves.T)
-        low, high = np.clip(band, curves.min(0), curves.max(0))  # no return beyond those seen there
+        low, high = np.clip(band, curves.min(), curves.max())  # no return beyond those seen
         axes.plot(steps, curves.T, color=colour, alpha=0.25, linewidth=0.5)
         axes.fill_between(steps, low, high, color=colour, alpha=0.22, linewidth=0)
         axes.plot(steps, iqm, color=colour, linewidth=1.8, label=label)

@@ -273,7 +273,9 @@ def main() -> None:
     """The commands; every expected fault ends in one line."""
     try:
         tyro.extras.subcommand_cli_from_dict(
-            {"pairs": pairs, "best-of-n": best_of_n, "report": report}, description=__doc__
+            {"pairs": pairs, "best-of-n": best_of_n, "report": report},
+            prog="python -m rl_lab.overoptimization",
+            description=__doc__,
         )
     except (ValueError, OSError, KeyError, ModuleNotFoundError) as error:
         sys.exit(f"error: {error}")

@@ -71,7 +71,7 @@ def chosen_prompts(task: Task, args: Args) -> list[Prompt]:
 
 def main() -> None:
     """See the module."""
-    args = tyro.cli(Args, description=__doc__)
+    args = tyro.cli(Args, prog="python -m rl_lab.verify", description=__doc__)
     try:
         require_valid(args)
         task = make(args.task)

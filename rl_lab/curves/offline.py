@@ -276,4 +276,4 @@ def main(runs: tyro.conf.Positional[tuple[Path, ...]] = ()) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, prog="python -m rl_lab.curves.offline")

@@ -138,4 +138,4 @@ def main(name: tyro.conf.Positional[str] = "", runs: tyro.conf.Positional[tuple[
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, prog="python -m rl_lab.curves.preference")

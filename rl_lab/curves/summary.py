@@ -231,4 +231,4 @@ def main(algo: tyro.conf.Positional[str], runs: tyro.conf.Positional[tuple[Path,
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, prog="python -m rl_lab.curves.summary")

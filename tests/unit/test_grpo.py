@@ -781,7 +781,8 @@ class Tokens(SimpleNamespace):
 def test_every_end_of_the_model_and_every_token_with_the_stop_text_ends(
     stop: str, ends: int | list[int] | None, wanted: list[int]
 ) -> None:
-    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=ends))
+    sizes = SimpleNamespace(get_text_config=SimpleNamespace)  # which name no limit
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=ends), config=sizes)
     assert Sampler(model, Tokens(), stop, 5, torch.Generator(), False).eos_ids == wanted
 
 

@@ -215,7 +215,7 @@ def draw(results: dict[str, dict[str, Cell]]) -> Figure:
                 beside = {step: score for step, score in d3rlpy(algo, data, theirs).items() if step <= cell.steps}
                 axes.plot(list(beside), list(beside.values()), color=colour, linewidth=1.2, linestyle=DASHES)
             axes.set_title(data, loc="left", fontsize=9.5, fontweight="bold")
-            axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g}M" if x >= 1e6 else f"{x / 1e3:g}k" if x else "0")
+            axes.xaxis.set_major_formatter(plot.short)
             axes.grid(axis="y", color=plot.INK, alpha=0.12, linewidth=0.6)
             axes.tick_params(length=0)
         for axes in panels[len(results) :]:

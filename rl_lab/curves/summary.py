@@ -12,7 +12,6 @@ README.md                                            the table, between <!-- res
 from __future__ import annotations
 
 import dataclasses
-import io
 import math
 import re
 import shlex
@@ -27,7 +26,6 @@ import tyro
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image
 
 from rl_lab.curves import plot, statistics, store
 from rl_lab.curves.compare import Equivalence, Result, common_budget, find_reference, judge
@@ -188,7 +186,7 @@ def _panel(axes: Axes, result: Result) -> None:
     axes.set_title(result.verdict, loc="right", fontsize=9.5)
     axes.set_xlim(0, result.budget)
     axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
-    axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g}M" if x >= 1e6 else f"{x / 1e3:g}k" if x else "0")
+    axes.xaxis.set_major_formatter(plot.short)
     axes.grid(axis="y", color=plot.INK, alpha=0.12, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.tick_params(length=0)
@@ -221,8 +219,7 @@ def main(algo: tyro.conf.Positional[str], runs: tyro.conf.Positional[tuple[Path,
         results = judge_all(RESULTS / algo)
         if not results:
             raise ValueError(f"{RESULTS / algo} keeps no results: name run folders")
-        image = Image.open(io.BytesIO(plot.png(draw(results))))  # Pillow comes with matplotlib
-        image.convert("RGB").quantize(64).save(RESULTS / f"{algo}.png", optimize=True)  # 64 colours: a third the bytes
+        (RESULTS / f"{algo}.png").write_bytes(plot.png(draw(results)))
         print(table(results))
         if Path("README.md").is_file():
             insert(Path("README.md"), algo, table(results))

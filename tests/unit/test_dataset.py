@@ -66,6 +66,11 @@ def test_coverage_of_discrete_actions_and_images() -> None:
     assert "obs 1" not in found
 
 
+def test_half_a_bound_is_the_only_one_reached() -> None:
+    space = Box(np.array([-2.0], np.float32), np.array([np.inf], np.float32))
+    assert coverage(data(action_space=space))["action 0"][-1] == pytest.approx(0.2)  # one of five, exactly there
+
+
 def test_coverage_of_actions_in_two_axes() -> None:
     """Each number of an action is a dimension, in rows."""
     actions = torch.arange(30.0).view(5, 2, 3)

@@ -47,7 +47,7 @@ class Args:
     sampled: bool = False
     """play sampled actions only"""
     seed: int = 0
-    """another number draws other episodes; 0 draws those that an offline run was judged by"""
+    """another number draws other episodes; 0 draws those of the run's own evaluations"""
     video: Path | None = None
     """film one deterministic episode of the run, as .gif or .mp4"""
 
